@@ -1,0 +1,35 @@
+# Everything happens in .venv; a first call of any target makes it.
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test lint bench docs clean
+.DEFAULT_GOAL := install
+
+install: $(STAMP)  ## the environment: .venv with mmad and the development tools
+
+$(STAMP): pyproject.toml constraints.txt tools/environment.sh mmad_cli/_version.py
+	bash tools/environment.sh $(VENV)
+	touch $@
+
+demo: $(STAMP)  ## one method on the default synthetic dataset: table on screen, run under runs/
+	$(BIN)/mmad evaluate --method btf --variant fpfh --save-maps
+
+test: $(STAMP)  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## style, types, direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)  ## our speed against the published form, measured in one run
+	$(BIN)/python -m benchmarks
+
+docs: $(STAMP)  ## generated pages: command-line reference and JSON Schema of a run
+	$(BIN)/python tools/generate_docs.py
+
+clean:  ## remove the environment and caches, not runs and not the store
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist

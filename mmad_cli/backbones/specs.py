@@ -1,0 +1,219 @@
+"""What features a method asks for: a small, canonical, comparable description.
+
+A `FeatureSpec` names a backbone, what the backbone sees and every setting that changes a feature value. Two specs
+that mean the same compare equal and have the same `canonical()` form, which the store derives its keys from.
+"""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mmad_cli.errors import UsageError, unknown_name
+
+View = Literal["resize", "crop"]
+Input = Literal["rgb", "depth", "xyz"]
+XyzResize = Literal["floor", "center"]
+Normalisation = Literal["imagenet", "model", "none"]
+Precision = Literal["float32", "bfloat16"]
+
+NETWORK_SIZE = 224
+
+
+class _Params(BaseModel):
+    """Base of the per-backbone settings: unknown names are errors, values do not change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    version: ClassVar[str]
+    libraries: ClassVar[tuple[str, ...]]
+    inputs: ClassVar[tuple[Input, ...]]
+    views: ClassVar[tuple[View, ...]] = ("resize",)
+
+    def weights_names(self) -> list[str]:
+        """Names of the pretrained weights that the backbone needs, in the registry's terms."""
+        return []
+
+    def estimated_bytes(self) -> int:
+        """About how many bytes the features of one sample take."""
+        raise NotImplementedError
+
+
+class FpfhParams(_Params):
+    """Fast point feature histograms as BTF computes them (arXiv 2203.05550; Rusu et al., ICRA 2009).
+
+    BTF writes its radii as 2 x and 5 x a "voxel size" of 0.05 m; nothing is down-sampled.
+    """
+
+    version: ClassVar[str] = "1"
+    libraries: ClassVar[tuple[str, ...]] = ("open3d",)
+    inputs: ClassVar[tuple[Input, ...]] = ("xyz",)
+
+    size: int = Field(default=NETWORK_SIZE, ge=8)
+    xyz_resize: XyzResize = "floor"
+    normal_radius: float = Field(default=0.1, gt=0)
+    normal_neighbours: int = Field(default=30, ge=3)
+    feature_radius: float = Field(default=0.25, gt=0)
+    feature_neighbours: int = Field(default=100, ge=2)
+
+    def estimated_bytes(self) -> int:
+        """33 bins and a pixel index for every pixel; scans have points at half of them, more or less."""
+        return self.size * self.size * (33 + 1) * 4
+
+
+class TimmParams(_Params):
+    """A timm network: feature maps of a CNN (`outputs` given) or the final patch tokens of a ViT (`outputs` None).
+
+    `norm`: `imagenet` the ImageNet mean and standard deviation for every network (as M3DM and BTF do), `model` the
+    network's own constants, `none` raw values. `precision` bfloat16 computes in bfloat16; features stay float32.
+    """
+
+    version: ClassVar[str] = "1"
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "timm")
+    inputs: ClassVar[tuple[Input, ...]] = ("rgb", "depth")
+    views: ClassVar[tuple[View, ...]] = ("resize", "crop")
+
+    model: str = Field(min_length=1)
+    outputs: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    norm: Normalisation = "imagenet"
+    size: int = Field(default=NETWORK_SIZE, ge=8)
+    xyz_resize: XyzResize = "floor"
+    precision: Precision = "float32"
+
+    @model_validator(mode="after")
+    def _outputs_ascend(self) -> TimmParams:
+        if self.outputs is not None and (not self.outputs or list(self.outputs) != sorted(set(self.outputs))):
+            raise ValueError(f"outputs: expected distinct indices in ascending order, got {list(self.outputs)}")
+        return self
+
+    def weights_names(self) -> list[str]:
+        """The timm model name with its tag."""
+        return [self.model]
+
+    def estimated_bytes(self) -> int:
+        """The output arrays, from the architecture."""
+        from mmad_cli.backbones.timm_backbone import output_shapes
+
+        return sum(4 * prod(shape) for shape in output_shapes(self).values())
+
+
+class DepthParams(_Params):
+    """The Z image of the cloud at network size, without a network (BTF's raw, HoG and SIFT ablations)."""
+
+    version: ClassVar[str] = "1"
+    libraries: ClassVar[tuple[str, ...]] = ("numpy",)
+    inputs: ClassVar[tuple[Input, ...]] = ("depth",)
+
+    size: int = Field(default=NETWORK_SIZE, ge=8)
+    xyz_resize: XyzResize = "floor"
+
+    def estimated_bytes(self) -> int:
+        """One float32 per pixel."""
+        return self.size * self.size * 4
+
+
+PARAMS: dict[str, type[_Params]] = {"depth": DepthParams, "fpfh": FpfhParams, "timm": TimmParams}
+
+
+class FeatureSpec(BaseModel):
+    """Which features of a sample: the backbone, what it sees, and its settings.
+
+    backbone: a key of `PARAMS`. view: `resize` (the whole scan at network size) or `crop` (PatchCore's 256/224
+    centre crop, RGB only). input: what the backbone reads. params: the backbone's settings; defaults are filled in,
+    so `params` is always complete. An unknown backbone or setting is a `UsageError`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backbone: str
+    view: View = "resize"
+    input: Input
+    params: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_params(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        backbone = data.get("backbone")
+        if backbone not in PARAMS:
+            raise unknown_name("backbone", str(backbone), PARAMS, "backbone")
+        given = dict(data.get("params") or {})
+        if data.get("input") == "rgb":
+            # the cloud is not read, so how it would be resized must not make two equal features differ
+            given.pop("xyz_resize", None)
+        try:
+            params = PARAMS[backbone].model_validate(given)
+        except ValidationError as error:
+            raise UsageError(f"backbone {backbone}: {_first_error(error)}") from error
+        return {**data, "params": params.model_dump(mode="json")}
+
+    @model_validator(mode="after")
+    def _combination_exists(self) -> FeatureSpec:
+        kind = PARAMS[self.backbone]
+        if self.input not in kind.inputs:
+            raise UsageError(f"backbone {self.backbone}: input must be {' or '.join(kind.inputs)}, got {self.input!r}")
+        if self.view not in kind.views or (self.view == "crop" and self.input != "rgb"):
+            raise UsageError(f"backbone {self.backbone}: view {self.view!r} does not exist for input {self.input!r}")
+        if self.view == "crop" and self.params["size"] != NETWORK_SIZE:
+            raise UsageError(f"size: the crop view is {NETWORK_SIZE} pixels wide, got {self.params['size']}")
+        return self
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.canonical(), sort_keys=True))
+
+    @property
+    def settings(self) -> _Params:
+        """`params` as the typed model of the backbone (`FpfhParams`, `TimmParams`)."""
+        return PARAMS[self.backbone].model_validate(self.params)
+
+    def canonical(self) -> dict[str, Any]:
+        """JSON-able form that is the same for equal specs; every setting that changes a value is in it."""
+        return {
+            "backbone": self.backbone,
+            "view": self.view,
+            "input": self.input,
+            "params": dict(sorted(self.params.items())),
+        }
+
+    def weights_names(self) -> list[str]:
+        """Names of the pretrained weights that the features depend on; empty for hand-made features."""
+        return self.settings.weights_names()
+
+    def estimated_bytes(self) -> int:
+        """About how many bytes the features of one sample take at most; a timm network is built without values."""
+        return self.settings.estimated_bytes()
+
+    def version(self) -> str:
+        """Version of the backbone's own code; raised when the same settings give other values."""
+        return PARAMS[self.backbone].version
+
+    def libraries(self) -> tuple[str, ...]:
+        """Packages whose versions may change the values, so they enter the store key."""
+        return PARAMS[self.backbone].libraries
+
+    @classmethod
+    def fpfh(cls, **params: Any) -> FeatureSpec:
+        """FPFH with BTF's settings unless told otherwise."""
+        return cls(backbone="fpfh", input="xyz", params=params)
+
+    @classmethod
+    def depth(cls, **params: Any) -> FeatureSpec:
+        """The Z image."""
+        return cls(backbone="depth", input="depth", params=params)
+
+    @classmethod
+    def timm(cls, model: str, *, input: Input = "rgb", view: View = "resize", **params: Any) -> FeatureSpec:
+        """Features of a timm network; depth is fed without normalisation unless told otherwise (BTF)."""
+        if input == "depth":
+            params.setdefault("norm", "none")
+        return cls(backbone="timm", view=view, input=input, params={"model": model, **params})
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}, got {first.get('input')!r}" if where else first["msg"]

@@ -1,0 +1,182 @@
+"""Features of timm networks with weights from the registry; nothing is ever downloaded here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from mmad_cli.backbones._checkpoints import build_with, read_checkpoint
+from mmad_cli.backbones._timm import import_timm
+from mmad_cli.backbones.base import Features
+from mmad_cli.backbones.weights import WeightsRecord, resolve
+from mmad_cli.errors import UsageError, WeightsError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmad_cli.backbones.specs import FeatureSpec, TimmParams
+    from mmad_cli.types import FloatArray, Sample
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_BATCH_CPU = 8
+_BATCH_GPU = 32
+
+
+class TimmBackbone:
+    """Feature maps of a CNN, or the final patch tokens of a ViT, in evaluation mode."""
+
+    def __init__(self, spec: FeatureSpec, device: str = "cpu") -> None:
+        import torch
+
+        self.spec = spec
+        self._settings = cast("TimmParams", spec.settings)
+        self._device = torch.device(device)
+        record = resolve(self._settings.model)
+        self._network = _load(self._settings, record).to(self._device, self._dtype).eval().requires_grad_(False)
+        self._mean, self._std = _constants(self._settings)
+
+    @property
+    def batch_size(self) -> int:
+        """A hint for the caller."""
+        return _BATCH_CPU if self._device.type == "cpu" else _BATCH_GPU
+
+    def extract(self, samples: Sequence[Sample]) -> list[Features]:
+        """`out{i}` float32 (C, h, w) per chosen output, or `tokens` float32 (P, C) and `grid` int32 (2,)."""
+        # one by one on a CPU: as fast there, and a value never depends on which samples share a batch
+        step = 1 if self._device.type == "cpu" else _BATCH_GPU
+        features: list[Features] = []
+        for start in range(0, len(samples), step):
+            images = np.stack([self._image(sample) for sample in samples[start : start + step]])
+            features.extend(self._forward(images))
+        return features
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        import torch
+
+        return torch.bfloat16 if self._settings.precision == "bfloat16" else torch.float32
+
+    def _image(self, sample: Sample) -> FloatArray:
+        """Network input (3, size, size) before normalisation."""
+        from mmad_cli.preprocessing.resize import centre_crop_view, to_network_size
+
+        settings = self._settings
+        if self.spec.view == "crop":
+            return _scaled(centre_crop_view(sample.rgb, sample.mask)[0])
+        resized = to_network_size(sample, size=settings.size, xyz_resize=settings.xyz_resize)
+        if self.spec.input == "rgb":
+            return _scaled(resized.rgb)
+        return np.repeat(resized.xyz[None, ..., 2], 3, axis=0)
+
+    def _forward(self, images: FloatArray) -> list[Features]:
+        import torch
+
+        with torch.inference_mode(), _full_precision(self._device):
+            batch = torch.from_numpy(images)
+            batch = ((batch - self._mean) / self._std).to(self._device, self._dtype)
+            if self._settings.outputs is None:
+                return self._tokens(batch)
+            return self._maps(batch, self._settings.outputs)
+
+    def _maps(self, batch: torch.Tensor, outputs: Sequence[int]) -> list[Features]:
+        maps = [output.float().cpu().numpy() for output in self._network(batch)]
+        return [
+            {f"out{i}": np.ascontiguousarray(of_output[sample]) for i, of_output in zip(outputs, maps, strict=True)}
+            for sample in range(len(batch))
+        ]
+
+    def _tokens(self, batch: torch.Tensor) -> list[Features]:
+        network = cast("Any", self._network)
+        # class and register tokens come first and belong to no patch
+        tokens = network.forward_features(batch)[:, network.num_prefix_tokens :].float().cpu().numpy()
+        grid = np.array(_grid(network, self._settings), dtype=np.int32)
+        return [{"tokens": np.ascontiguousarray(of_sample), "grid": grid.copy()} for of_sample in tokens]
+
+
+def output_shapes(settings: TimmParams) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays per sample, from the architecture alone (no weights needed)."""
+    import torch
+
+    with torch.device("meta"):
+        network = cast("Any", _architecture(settings))
+        image = torch.empty(1, 3, settings.size, settings.size)
+        if settings.outputs is None:
+            tokens = network.forward_features(image)[:, network.num_prefix_tokens :]
+            return {"tokens": tuple(tokens.shape[1:]), "grid": (2,)}
+        return {f"out{i}": tuple(o.shape[1:]) for i, o in zip(settings.outputs, network(image), strict=True)}
+
+
+def _load(settings: TimmParams, record: WeightsRecord) -> torch.nn.Module:
+    last = settings.outputs[-1] if settings.outputs else None
+    if record.outputs is not None and (last is None or last > record.outputs):
+        wanted = "tokens" if last is None else f"output {last}"
+        raise WeightsError(
+            f"{record.name}: the imported file reaches output {record.outputs} only, {wanted} asked for; "
+            f"choose outputs up to {record.outputs}, or import the complete file"
+        )
+    return build_with(lambda: _architecture(settings), read_checkpoint(record.path).content, str(record.path))
+
+
+def _architecture(settings: TimmParams) -> torch.nn.Module:
+    timm = import_timm()
+    if settings.outputs is not None:
+        return cast("torch.nn.Module", _with_outputs(timm, settings))
+    network = timm.create_model(settings.model, pretrained=False, num_classes=0)
+    if not (hasattr(network, "patch_embed") and hasattr(network, "num_prefix_tokens")):
+        raise UsageError(f"{settings.model}: has no patch tokens; choose feature outputs, for example outputs=[2, 3]")
+    if network.patch_embed.img_size not in (None, (settings.size, settings.size)):
+        network = timm.create_model(settings.model, pretrained=False, num_classes=0, dynamic_img_size=True)
+        _grid(network, settings)
+    return cast("torch.nn.Module", network)
+
+
+def _with_outputs(timm: Any, settings: TimmParams) -> Any:
+    outputs = settings.outputs or ()
+    try:
+        return timm.create_model(settings.model, pretrained=False, features_only=True, out_indices=outputs)
+    except (RuntimeError, AttributeError, TypeError, AssertionError, IndexError) as error:
+        raise UsageError(f"{settings.model}: has no feature outputs {list(outputs)} ({error})") from error
+
+
+def _grid(network: Any, settings: TimmParams) -> tuple[int, int]:
+    height, width = network.patch_embed.patch_size
+    if settings.size % height or settings.size % width:
+        raise UsageError(
+            f"{settings.model}: size must be a multiple of its {height} x {width} patches, got {settings.size}"
+        )
+    return settings.size // height, settings.size // width
+
+
+def _constants(settings: TimmParams) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    if settings.norm == "none":
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    elif settings.norm == "imagenet":
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+    else:
+        config = import_timm().get_pretrained_cfg(settings.model)
+        mean, std = config.mean, config.std
+    return torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+
+
+def _scaled(rgb: Any) -> FloatArray:
+    """uint8 (H, W, 3) to float32 (3, H, W) in [0, 1]."""
+    return np.ascontiguousarray(np.moveaxis(rgb, -1, 0), dtype=np.float32) / np.float32(255)
+
+
+@contextlib.contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Plain float32 on a GPU: TF32 would put CPU and GPU features 1e-3 apart."""
+    import torch
+
+    if device.type != "cuda":
+        yield
+        return
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield

@@ -1,0 +1,12 @@
+"""The command line: one module per sub-command; parse, call a stage, render."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Entry point of the `mmad` command; ends the process with the exit code of the contract."""
+    from mmad_cli.cli.app import run
+
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,86 @@
+"""`mmad extract`: backbone features into the store."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mmad_cli.cli.options import (
+    Categories,
+    Data,
+    Debris,
+    Device,
+    Force,
+    Json,
+    Limit,
+    Protocol,
+    Recipe,
+    RgbBackground,
+    Settings,
+    StoreOption,
+    Variant,
+    Workers,
+    open_session,
+    preprocessing_settings,
+)
+from mmad_cli.errors import UsageError
+
+
+def extract(
+    data: Data,
+    method: Annotated[
+        str | None, typer.Option("--method", help="Extract all that this method needs.", show_default=False)
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option("--backbone", help="Extract one backbone: fpfh or a timm model name.", show_default=False),
+    ] = None,
+    variant: Variant = None,
+    recipe: Recipe = "official",
+    settings: Settings = None,
+    protocol: Protocol = None,
+    category: Categories = None,
+    rgb_background: RgbBackground = None,
+    debris: Debris = None,
+    limit: Limit = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    store: StoreOption = None,
+    force: Force = False,
+    json: Json = False,
+) -> int:
+    """Extract features; results go into the store. Scans that are not clean yet are cleaned first.
+
+    Example: mmad extract data/mvtec3d --method btf --variant fpfh
+
+    Example: mmad extract data/mvtec3d --backbone resnet18.tv_in1k --set outputs=2,3
+    """
+    from mmad_cli.cli.console import ConsoleReporter
+    from mmad_cli.cli.preprocess import show_outcomes
+    from mmad_cli.methods import build, build_config, get_method, parse_settings
+    from mmad_cli.stages import pipeline
+    from mmad_cli.stages.evaluate import preprocess_config
+    from mmad_cli.stages.plan import Selection
+
+    if (method is None) == (backbone is None):
+        raise UsageError("give either --method or --backbone")
+    values = parse_settings(settings or [])
+    if method is not None:
+        definition = get_method(method)
+        specs = build(definition, build_config(definition, variant, recipe, values)).features()
+        default_protocol: str = definition.protocol
+    else:
+        specs = {str(backbone): pipeline.backbone_spec(str(backbone), values)}
+        default_protocol = "m3dm"
+    preprocessing = preprocess_config(protocol or default_protocol, preprocessing_settings(rgb_background, debris))
+    with ConsoleReporter() as reporter, open_session(reporter, store, workers, device) as session:
+        outcomes = pipeline.extract(
+            session,
+            data,
+            specs,
+            preprocessing=preprocessing,
+            selection=Selection(tuple(category or ()), limit=limit),
+            force=force,
+        )
+    return show_outcomes(outcomes, json)

@@ -1,0 +1,74 @@
+"""`mmad fit`: fit a method per category."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mmad_cli.cli.options import (
+    Categories,
+    Data,
+    Debris,
+    Device,
+    Force,
+    Json,
+    Limit,
+    Protocol,
+    Recipe,
+    RgbBackground,
+    Seed,
+    Settings,
+    Shots,
+    StoreOption,
+    Variant,
+    Workers,
+    open_session,
+    preprocessing_settings,
+)
+
+
+def fit(
+    data: Data,
+    method: Annotated[str, typer.Option("--method", help="A method; see `mmad list methods`.")],
+    variant: Variant = None,
+    recipe: Recipe = "official",
+    settings: Settings = None,
+    protocol: Protocol = None,
+    category: Categories = None,
+    rgb_background: RgbBackground = None,
+    debris: Debris = None,
+    shots: Shots = None,
+    limit: Limit = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    workers: Workers = None,
+    store: StoreOption = None,
+    force: Force = False,
+    json: Json = False,
+) -> int:
+    """Fit a method on the training samples of each category and keep the fitted state in the store.
+
+    Example: mmad fit data/mvtec3d --method btf --variant fpfh
+    """
+    from mmad_cli.cli.console import ConsoleReporter
+    from mmad_cli.cli.preprocess import show_outcomes
+    from mmad_cli.methods import parse_settings
+    from mmad_cli.stages import pipeline
+    from mmad_cli.stages.evaluate import EvaluateRequest
+    from mmad_cli.stages.plan import Selection
+
+    request = EvaluateRequest(
+        data=data,
+        method=method,
+        variant=variant,
+        recipe=recipe,
+        settings=parse_settings(settings or []),
+        protocol=protocol,
+        preprocessing=preprocessing_settings(rgb_background, debris),
+        selection=Selection(tuple(category or ()), shots=shots, limit=limit, seed=seed),
+        force=force,
+    )
+    with ConsoleReporter() as reporter, open_session(reporter, store, workers, device) as session:
+        outcomes = pipeline.fit(session, request)
+    return show_outcomes(outcomes, json)

@@ -1,0 +1,97 @@
+"""A dataset folder to samples. `open_dataset` finds the layout; every reader offers `base.Dataset`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmad_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from mmad_cli.datasets.base import Dataset
+
+DATASETS: dict[str, str] = {
+    "mvtec3d": "MVTec 3D-AD, and own data in its layout: " + "<category>/<split>/<defect>/{rgb,xyz,gt}",
+    "synthetic": "generated scans with exact masks, in the layout of MVTec 3D-AD (mmad synth)",
+}
+"""Datasets and layouts that are read, with a description."""
+
+_TRAIN_COUNTS: dict[str, dict[str, int]] = {
+    "mvtec3d": {
+        "bagel": 244,
+        "cable_gland": 223,
+        "carrot": 286,
+        "cookie": 210,
+        "dowel": 288,
+        "foam": 236,
+        "peach": 361,
+        "potato": 300,
+        "rope": 298,
+        "tire": 210,
+    },
+}
+
+
+def published_train_counts(name: str) -> dict[str, int]:
+    """Training samples per category of the published dataset `name`; empty for data that is not published."""
+    return dict(_TRAIN_COUNTS.get(name, {}))
+
+
+def describe_datasets() -> list[dict[str, Any]]:
+    """Name, description and categories of every dataset that is known."""
+    from mmad_cli.datasets.synthetic import CATEGORIES
+
+    categories = {name: sorted(counts) for name, counts in _TRAIN_COUNTS.items()}
+    categories["synthetic"] = sorted(CATEGORIES)
+    return [
+        {"name": name, "description": text, "categories": categories.get(name, [])} for name, text in DATASETS.items()
+    ]
+
+
+def open_dataset(root: Path) -> Dataset:
+    """The dataset in the folder `root`, whatever its layout; one category's folder works too.
+
+    Raises DataError where `root` is no folder, cannot be read, is empty or has no known layout.
+    """
+    root = Path(root).expanduser().absolute()
+    if not root.exists():
+        raise DataError(f"{root}: no such folder; check the path, or make a dataset with `mmad synth {root.name}`")
+    if not root.is_dir():
+        raise DataError(f"{root}: is a file, a dataset is a folder")
+    try:
+        if not any(root.iterdir()):
+            raise DataError(f"{root}: the folder is empty; {_looked_for()}")
+        for detect in _detectors():
+            dataset = detect(root)
+            if dataset is not None:
+                return dataset
+        hint = _hint(root)
+    except OSError as error:
+        raise DataError(f"{error.filename or root}: cannot be read ({error.strerror}); check permissions") from error
+    raise DataError(f"{root}: no dataset found here; {_looked_for()}{hint}")
+
+
+def _detectors() -> list[Callable[[Path], Dataset | None]]:
+    """One function per layout, asked in this order."""
+    from mmad_cli.datasets import mvtec3d
+
+    return [mvtec3d.detect]
+
+
+def _looked_for() -> str:
+    from mmad_cli.datasets.mvtec3d import LAYOUT
+
+    return f"looked for {LAYOUT}"
+
+
+def _hint(root: Path) -> str:
+    """What may be meant instead: a dataset one level up or down, or one without point clouds."""
+    children = [child for child in sorted(root.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+    for near in (*children, root.parent, root.parent.parent, root.parent.parent.parent):
+        if any(detect(near) is not None for detect in _detectors()):
+            return f". There is one in {near}"
+    candidates = (root, *children)
+    if any(list((folder / "train" / "good").glob("*.png"))[:1] for folder in candidates):
+        return ". It looks like MVTec AD (2D): images without point clouds; this tool needs both"
+    return ""

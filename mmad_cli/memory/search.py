@@ -1,0 +1,150 @@
+"""Exact nearest-neighbour search in a memory bank."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmad_cli.types import FloatArray, IndexArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_QUERY_TILE = 4096
+_TILE_ELEMENTS = 1 << 24
+# Rounding in the products may swap close neighbours; these many more are looked at again by differences.
+_EXTRA = 4
+
+
+class FlatIndex:
+    """Exact Euclidean search over bank rows (M, C).
+
+    The neighbours are found by matrix products: with FAISS (IndexFlatL2) when `device` is cuda and FAISS sees a GPU,
+    with PyTorch in tiles elsewhere. Their distances are then evaluated again by differences, so that an exact hit has
+    distance exactly 0. Both sides are centred first, which keeps the cancellation in the products small.
+
+    `backend` "faiss" or "torch" forces one. "auto" takes PyTorch on the CPU, because the OpenBLAS inside the FAISS
+    wheels does not know many CPUs and is then several times slower.
+
+    Raises ValueError for rows that are not 2-D, empty or not finite, and for an unknown backend.
+    """
+
+    def __init__(
+        self, rows: NDArray[Any], device: str = "cpu", backend: Literal["auto", "faiss", "torch"] = "auto"
+    ) -> None:
+        self.rows: FloatArray = np.ascontiguousarray(rows, dtype=np.float32)
+        if self.rows.ndim != 2 or self.rows.size == 0:
+            raise ValueError(f"rows: must be a non-empty (M, C) matrix, got shape {np.shape(rows)}")
+        self.device = device
+        self.shift: FloatArray = self.rows.mean(0, dtype=np.float64).astype(np.float32)
+        if not np.isfinite(self.shift).all():
+            raise ValueError("rows: must be finite, got NaN or infinite values")
+        self._searcher = _make_searcher(self.rows, self.shift, device, backend)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def n_channels(self) -> int:
+        """Width of the rows."""
+        return int(self.rows.shape[1])
+
+    def nearest(self, queries: NDArray[Any], k: int = 1) -> tuple[FloatArray, IndexArray]:
+        """Distances (n, k), float32, L2 and not squared, and row indices (n, k), int64, nearest first.
+
+        queries (n, C) on the scale of the rows; k between 1 and M. Of equal distances among the neighbours found, the
+        smaller index comes first. Raises ValueError for another width or k.
+        """
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        if queries.ndim != 2 or queries.shape[1] != self.n_channels:
+            raise ValueError(f"queries: must have shape (n, {self.n_channels}), got {queries.shape}")
+        if not 1 <= k <= len(self):
+            raise ValueError(f"k: must be between 1 and the number of rows {len(self)}, got {k}")
+        tiles = [self._nearest(queries[i : i + _QUERY_TILE], k) for i in range(0, len(queries), _QUERY_TILE)]
+        if not tiles:
+            return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
+        return np.concatenate([d for d, _ in tiles]), np.concatenate([i for _, i in tiles])
+
+    def distances_to(self, queries: NDArray[Any], indices: IndexArray) -> FloatArray:
+        """L2 distances (n, k) of queries (n, C) to the rows with the given indices (n, k), by differences."""
+        step = max(1, _TILE_ELEMENTS // (self.n_channels * max(1, indices.shape[1])))
+        out = np.empty(indices.shape, dtype=np.float32)
+        for i in range(0, len(queries), step):
+            difference = self.rows[indices[i : i + step]] - queries[i : i + step, None]
+            out[i : i + step] = np.sqrt(np.einsum("nkc,nkc->nk", difference, difference))
+        return out
+
+    def _nearest(self, queries: FloatArray, k: int) -> tuple[FloatArray, IndexArray]:
+        found = self._searcher.search(queries - self.shift, min(k + _EXTRA, len(self)))
+        distances = self.distances_to(queries, found)
+        order = np.lexsort((found, distances), axis=1)[:, :k]
+        return np.take_along_axis(distances, order, 1), np.take_along_axis(found, order, 1)
+
+
+class _FaissSearcher:
+    def __init__(self, rows: FloatArray, shift: FloatArray, on_gpu: bool) -> None:
+        import faiss
+
+        index: Any = faiss.IndexFlatL2(rows.shape[1])
+        if on_gpu:
+            index = faiss.GpuIndexFlatL2(faiss.StandardGpuResources(), rows.shape[1], faiss.GpuIndexFlatConfig())
+        step = max(1, _TILE_ELEMENTS // rows.shape[1])
+        for i in range(0, len(rows), step):
+            index.add(rows[i : i + step] - shift)
+        self.index = index
+
+    def search(self, queries: FloatArray, k: int) -> IndexArray:
+        found: IndexArray = self.index.search(queries, k)[1]
+        return found
+
+
+class _TorchSearcher:
+    def __init__(self, rows: FloatArray, shift: FloatArray, device: str) -> None:
+        import torch
+
+        self.device = device
+        cpu = device == "cpu"
+        self.query_tile, self.row_tile = (1024, 4096) if cpu else (4096, 32768)
+        self.rows = torch.from_numpy(rows - shift).to(device)
+        self.norms = self.rows.square().sum(1)
+        self.scratch = torch.empty(self.query_tile * min(self.row_tile, len(rows)), device=device)
+
+    def search(self, queries: FloatArray, k: int) -> IndexArray:
+        import torch
+
+        tiles = torch.from_numpy(queries).to(self.device)
+        step = self.query_tile
+        found = [self._search_tile(tiles[i : i + step], k) for i in range(0, len(tiles), step)]
+        indices: IndexArray = torch.cat(found).cpu().numpy()
+        return indices
+
+    def _search_tile(self, queries: Tensor, k: int) -> Tensor:
+        """Indices (n, k) of the smallest |b|^2 - 2 q.b, kept while going over tiles of rows."""
+        import torch
+
+        best = torch.full((len(queries), k), torch.inf, device=self.device)
+        index = torch.zeros((len(queries), k), dtype=torch.int64, device=self.device)
+        for begin in range(0, len(self.rows), self.row_tile):
+            rows = self.rows[begin : begin + self.row_tile]
+            out = self.scratch[: len(queries) * len(rows)].view(len(queries), len(rows))
+            excess = torch.mm(queries, rows.T, out=out).mul_(-2.0).add_(self.norms[begin : begin + len(rows)])
+            values, at = excess.topk(min(k, len(rows)), dim=1, largest=False)
+            merged, both = torch.cat([best, values], 1), torch.cat([index, at + begin], 1)
+            best, at = merged.topk(k, dim=1, largest=False)
+            index = both.gather(1, at)
+        return index
+
+
+def _make_searcher(rows: FloatArray, shift: FloatArray, device: str, backend: str) -> _FaissSearcher | _TorchSearcher:
+    if backend not in ("auto", "faiss", "torch"):
+        raise ValueError(f"backend: must be 'auto', 'faiss' or 'torch', got {backend!r}")
+    if backend == "torch" or (backend == "auto" and not device.startswith("cuda")):
+        return _TorchSearcher(rows, shift, device)
+    import faiss
+
+    gpus = getattr(faiss, "get_num_gpus", lambda: 0)() if device.startswith("cuda") else 0
+    if backend == "faiss" or gpus:
+        return _FaissSearcher(rows, shift, on_gpu=gpus > 0)
+    return _TorchSearcher(rows, shift, device)

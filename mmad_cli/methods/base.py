@@ -1,0 +1,144 @@
+"""The method protocol: declare features, fit on good samples, score one sample.
+
+A method does no file input or output of its own but saving and loading its fitted state in a folder that it is given,
+knows no dataset, and takes its seed as an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from mmad_cli.types import FloatArray
+
+if TYPE_CHECKING:
+    from mmad_cli.backbones.specs import FeatureSpec
+
+Recipe = Literal["official", "corrected"]
+RECIPES: tuple[Recipe, ...] = ("official", "corrected")
+
+# The image region that a method's maps cover: the whole scan resized to 224 x 224, or the centre crop of PatchCore
+View = Literal["resize", "crop"]
+
+MAP_SIZE = 224
+
+# Called with (done, total); never more than a few times a second
+ProgressCallback = Callable[[int, int], None]
+
+
+class MethodConfig(BaseModel):
+    """Every switch of a method; field defaults are the published values. Unknown fields are an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    variant: str
+
+
+class SampleFeatures(Protocol):
+    """Features of one sample, read when asked for."""
+
+    @property
+    def id(self) -> str:
+        """`<split>/<defect>/<stem>`."""
+
+    def __getitem__(self, name: str) -> Mapping[str, NDArray[Any]]:
+        """Arrays of the feature that the method calls `name`; read-only."""
+
+
+class FeatureSet(Protocol):
+    """Features of several samples in sorted order; can be gone through again and again, never all in memory."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> SampleFeatures: ...
+
+    def __iter__(self) -> Iterator[SampleFeatures]: ...
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Scores of one sample: anomaly map float32 (224, 224) and image score, larger = more anomalous."""
+
+    anomaly_map: FloatArray
+    image_score: float
+
+
+@dataclass(frozen=True)
+class BankSize:
+    """Rows and channels of a fitted memory bank."""
+
+    rows: int
+    dim: int
+
+
+class Method(Protocol):
+    """One published method with its configuration; unfitted until `fit` or `load`."""
+
+    @property
+    def view(self) -> View:
+        """The image region that the maps cover."""
+
+    def features(self) -> dict[str, FeatureSpec]:
+        """Features needed, by the name under which `fit` and `predict` read them."""
+
+    def fit(
+        self,
+        train: FeatureSet,
+        validation: FeatureSet,
+        *,
+        seed: int,
+        progress: ProgressCallback | None = None,
+    ) -> None:
+        """Learn from good samples. Raises DataError when there are too few."""
+
+    def predict(self, sample: SampleFeatures) -> Prediction:
+        """Score one sample."""
+
+    def banks(self) -> dict[str, BankSize]:
+        """Sizes of the fitted memory banks by name; empty for methods without."""
+
+    def save(self, folder: Path) -> None:
+        """Write the fitted state into an empty folder (safetensors and JSON)."""
+
+    def load(self, folder: Path) -> None:
+        """Read the state that `save` wrote."""
+
+    def memory_estimate(self, n_train: int) -> int:
+        """Peak bytes that fitting on `n_train` samples needs beyond the networks."""
+
+
+@dataclass(frozen=True)
+class MethodDefinition:
+    """What the registry knows of a method without building it.
+
+    `recipes` maps a recipe to the switches in which it departs from the configuration's defaults; `variants` maps a
+    variant to one line about it. `version` is raised whenever results change. `protocol` is the preprocessing that
+    the published numbers were made with.
+    """
+
+    name: str
+    title: str
+    version: int
+    config: type[MethodConfig]
+    build: Callable[[Any, str], Method]
+    variants: Mapping[str, str]
+    default_variant: str
+    modalities: Mapping[str, str]
+    protocol: Literal["m3dm", "cfm", "none"]
+    recipes: Mapping[Recipe, Mapping[str, Any]]
+    source: str
+    libraries: tuple[str, ...] = ("numpy",)
+    notes: tuple[str, ...] = ()
+    needs_validation: bool = False
+    references: tuple[str, ...] = field(default=())
+
+
+def as_float32(array: NDArray[Any]) -> FloatArray:
+    """C-contiguous float32 view or copy."""
+    return np.ascontiguousarray(array, dtype=np.float32)

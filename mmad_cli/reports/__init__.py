@@ -1,0 +1,74 @@
+"""Reports: runs and comparisons that are loaded already, as tables in several formats.
+
+Every function here is pure. Undefined values read `n/a` with a note on why, failed categories `failed` with the
+error in a note, and runs that do not compare with print say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from mmad_cli.errors import unknown_name
+from mmad_cli.reports.data import render_csv, render_json
+from mmad_cli.reports.document import Document, build_document
+from mmad_cli.reports.latex import render_latex
+from mmad_cli.reports.markdown import render_markdown
+from mmad_cli.results.compare import Comparison
+from mmad_cli.results.schema import RunResult
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["FORMATS", "render", "render_rich"]
+
+
+def _render_table(document: Document) -> str:
+    from mmad_cli.reports.table import table_text
+
+    return table_text(document)
+
+
+_TABLES: Mapping[str, Callable[[Document], str]] = {
+    "table": _render_table,
+    "markdown": render_markdown,
+    "latex": render_latex,
+}
+_DATA: Mapping[str, Callable[[Sequence[RunResult], Sequence[str] | None, Sequence[Comparison]], str]] = {
+    "csv": render_csv,
+    "json": render_json,
+}
+
+FORMATS = (*_TABLES, *_DATA)
+
+
+def render(
+    runs: Sequence[RunResult],
+    format: str,
+    metrics: Sequence[str] | None = None,
+    comparisons: Sequence[Comparison] = (),
+) -> str:
+    """Text of a report, with a newline at its end.
+
+    One run gives a table of its categories, several runs give tables with one row per run; comparisons follow.
+    `csv` is tidy, one number per line: of the runs, or, where there are comparisons, of these. `json` holds the
+    runs and comparisons whole.
+
+    Raises UsageError for an unknown format or metric.
+    """
+    if format in _DATA:
+        return _DATA[format](runs, metrics, comparisons)
+    if format not in _TABLES:
+        raise unknown_name("format", format, FORMATS, "--format")
+    return _TABLES[format](build_document(runs, metrics, comparisons))
+
+
+def render_rich(
+    runs: Sequence[RunResult],
+    metrics: Sequence[str] | None = None,
+    comparisons: Sequence[Comparison] = (),
+) -> RenderableType:
+    """The report as a rich renderable, for a console that knows its width and colours."""
+    from mmad_cli.reports.table import table_renderable
+
+    return table_renderable(build_document(runs, metrics, comparisons))

@@ -1,0 +1,114 @@
+"""Reports for programs: tidy CSV and JSON, with full precision."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mmad_cli.reports.document import choose_metrics
+from mmad_cli.results.compare import MEAN, Comparison, ComparisonRow
+from mmad_cli.results.metric_names import METRICS
+from mmad_cli.results.schema import RunResult
+
+RUN_COLUMNS = (
+    "run_id",
+    "method",
+    "variant",
+    "recipe",
+    "dataset",
+    "category",
+    "metric",
+    "value",
+    "comparable",
+)
+COMPARISON_COLUMNS = (
+    "run_id",
+    "reference",
+    "category",
+    "metric",
+    "obtained",
+    "expected",
+    "difference",
+    "tolerance",
+    "status",
+    "note",
+)
+
+
+def render_csv(runs: Sequence[RunResult], metrics: Sequence[str] | None, comparisons: Sequence[Comparison]) -> str:
+    """One number per line: of the runs with the mean as category `mean`, or of the comparisons if there are any.
+
+    Without `metrics` all metrics that a run has. An empty value is undefined, or its category failed.
+    """
+    if comparisons:
+        return _csv(COMPARISON_COLUMNS, [_fields(c, row) for c in comparisons for row in c.rows])
+    keys = choose_metrics(runs, metrics) if metrics else _all_metrics(runs)
+    return _csv(RUN_COLUMNS, [line for run in runs for line in _run_lines(run, keys)])
+
+
+def render_json(runs: Sequence[RunResult], metrics: Sequence[str] | None, comparisons: Sequence[Comparison]) -> str:
+    """`{"runs": [...], "comparisons": [...]}`: the runs as in their `summary.json`, whatever the metrics."""
+    if metrics:
+        choose_metrics(runs, metrics)  # an unknown name is an error in every format
+    data = {
+        "runs": [run.model_dump(mode="json", by_alias=True) for run in runs],
+        "comparisons": [_comparison(comparison) for comparison in comparisons],
+    }
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([columns, *rows])
+    return text.getvalue()
+
+
+def _all_metrics(runs: Sequence[RunResult]) -> list[str]:
+    found = {key for run in runs for result in run.categories.values() for key in result.metrics}
+    return [key for key in METRICS if key in found] + sorted(found - METRICS.keys())
+
+
+def _run_lines(run: RunResult, metrics: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    head = (run.run_id, run.method.name, run.method.variant, run.method.recipe, run.dataset.name)
+    tables = [(name, result.metrics) for name, result in run.categories.items()] + [(MEAN, run.mean)]
+    for name, values in tables:
+        for metric in metrics:
+            yield (*head, name, metric, _exact(values.get(metric)), str(run.comparable).lower())
+
+
+def _exact(value: float | None) -> str:
+    return "" if value is None else repr(value)
+
+
+def _fields(comparison: Comparison, row: ComparisonRow) -> tuple[Any, ...]:
+    return (
+        comparison.run_id,
+        comparison.reference.name,
+        row.category,
+        row.metric,
+        _exact(row.obtained),
+        _exact(row.expected),
+        _exact(row.difference),
+        _exact(row.tolerance),
+        row.status,
+        row.note,
+    )
+
+
+def _comparison(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "run_id": comparison.run_id,
+        "reference": {
+            "name": comparison.reference.name,
+            "source": comparison.reference.source,
+            "notes": list(comparison.reference.notes),
+        },
+        "remarks": list(comparison.remarks),
+        "not_compared": list(comparison.not_compared),
+        "rows": [{**vars(row), "difference": row.difference} for row in comparison.rows],
+        "exit_code": comparison.exit_code,
+    }

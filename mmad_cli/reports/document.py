@@ -1,0 +1,312 @@
+"""What a report says, before any format: sections of one table each, with warnings above and notes below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mmad_cli.results.compare import Comparison, ComparisonRow
+from mmad_cli.results.metric_names import DEFAULT_METRICS, METRICS, check_metrics, higher_is_better, label
+from mmad_cli.results.schema import CategoryResult, RunResult
+
+NOT_AVAILABLE = "n/a"
+NOT_COMPARABLE = "†"
+
+Tone = Literal["plain", "good", "bad", "warn"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text of one cell; `mark` refers to a note."""
+
+    text: str
+    bold: bool = False
+    mark: str = ""
+    tone: Tone = "plain"
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table. The first `text_columns` columns are text, the others numbers; `rule_before` is the mean row.
+
+    `transposable`: a terminal that is too narrow may show rows as columns.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    text_columns: int = 1
+    rule_before: int | None = None
+    subtitle: str = ""
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    transposable: bool = False
+
+
+@dataclass(frozen=True)
+class Document:
+    """All sections of a report."""
+
+    sections: tuple[Section, ...] = ()
+
+
+@dataclass
+class _Notes:
+    """Notes below a table; one text gets one mark, however often it is used."""
+
+    marks: dict[str, str] = field(default_factory=dict)
+
+    def mark(self, text: str) -> str:
+        return self.marks.setdefault(text, str(len(self.marks) + 1))
+
+    def lines(self) -> tuple[str, ...]:
+        return tuple(f"({mark}) {text}" for text, mark in self.marks.items())
+
+
+def build_document(
+    runs: Sequence[RunResult], metrics: Sequence[str] | None = None, comparisons: Sequence[Comparison] = ()
+) -> Document:
+    """Sections for the runs, one table per dataset and metric when there are several, then the comparisons."""
+    keys = choose_metrics(runs, metrics)
+    sections: list[Section] = []
+    for group in _by_dataset(runs):
+        sections += [_run_section(group[0], keys)] if len(group) == 1 else _group_sections(group, keys)
+    sections += [_comparison_section(comparison) for comparison in comparisons]
+    return Document(tuple(sections))
+
+
+def choose_metrics(runs: Sequence[RunResult], metrics: Sequence[str] | None) -> list[str]:
+    """Metrics of the columns: those asked for, else the default ones as far as any run has them.
+
+    Raises UsageError for a metric that is neither known nor in any run.
+    """
+    found = dict.fromkeys(key for run in runs for result in run.categories.values() for key in result.metrics)
+    if metrics:
+        return check_metrics(metrics, "--metric", extra=found)
+    return [key for key in DEFAULT_METRICS if key in found] or list(found) or list(DEFAULT_METRICS)
+
+
+def run_label(run: RunResult) -> str:
+    """Method, variant and recipe."""
+    return f"{run.method.name} {run.method.variant} ({run.method.recipe})"
+
+
+def _by_dataset(runs: Sequence[RunResult]) -> list[list[RunResult]]:
+    """Only runs on the same content stand in one table."""
+    groups: dict[tuple[str, str], list[RunResult]] = {}
+    for run in runs:
+        groups.setdefault((run.dataset.name, run.dataset.digest), []).append(run)
+    return list(groups.values())
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _value_cell(value: float | None, reason: str, notes: _Notes, note: str = "") -> Cell:
+    if value is None:
+        return Cell(NOT_AVAILABLE, mark=notes.mark(reason))
+    return Cell(_number(value), mark=notes.mark(note) if note else "")
+
+
+def _category_cell(result: CategoryResult | None, metric: str, notes: _Notes) -> Cell:
+    """Value of one category, or why there is none."""
+    if result is None:
+        return Cell(NOT_AVAILABLE, mark=notes.mark("the run has no result for this category"))
+    if result.status == "failed":
+        return Cell("failed", mark=notes.mark(f"failed: {result.error}"), tone="bad")
+    reason = result.metrics_null_reasons.get(metric, "not computed by the run")
+    return _value_cell(result.metrics.get(metric), reason, notes)
+
+
+def _mean_cell(run: RunResult, metric: str, notes: _Notes) -> Cell:
+    note = run.mean_notes.get(metric, "")
+    return _value_cell(run.mean.get(metric), note or "no category has a value", notes, note)
+
+
+def _settings(run: RunResult) -> str:
+    parts = [
+        f"run {run.run_id}",
+        f"preprocessing {run.preprocessing.protocol}",
+        f"seed {run.seed}",
+        f"{run.shots} shots" if run.shots is not None else "",
+        f"limit {run.limit}" if run.limit is not None else "",
+        "full resolution" if run.full_resolution else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def _not_comparable(run: RunResult) -> tuple[str, ...]:
+    if run.comparable:
+        return ()
+    reasons = "; ".join(run.not_comparable) or "no reason was recorded"
+    return (f"Not comparable with published numbers: {reasons}",)
+
+
+def _run_section(run: RunResult, metrics: Sequence[str]) -> Section:
+    """One run: a row per category, then the mean."""
+    notes = _Notes()
+    rows = [
+        (Cell(name), *(_category_cell(result, metric, notes) for metric in metrics))
+        for name, result in run.categories.items()
+    ]
+    mean = (Cell("mean"), *(_mean_cell(run, metric, notes) for metric in metrics))
+    missing = run.missing_categories
+    unfinished = (f"No result for: {', '.join(missing)}",) if missing else ()
+    return Section(
+        title=f"{run_label(run)} on {run.dataset.name}",
+        subtitle=_settings(run),
+        header=("category", *map(label, metrics)),
+        rows=(*rows, mean),
+        rule_before=len(rows),
+        warnings=(*_not_comparable(run), *unfinished),
+        notes=notes.lines(),
+    )
+
+
+def _group_sections(runs: Sequence[RunResult], metrics: Sequence[str]) -> list[Section]:
+    """Several runs on one dataset: the means, then a table per metric with a column per category."""
+    names = list(dict.fromkeys(name for run in runs for name in run.categories))
+    labels = _distinct_labels(runs)
+    warnings = tuple(
+        f"{NOT_COMPARABLE} {text}: {warning}"
+        for run, text in zip(runs, labels, strict=True)
+        for warning in _not_comparable(run)
+    )
+    heads = [Cell(text, mark="" if run.comparable else NOT_COMPARABLE) for run, text in zip(runs, labels, strict=True)]
+    dataset = runs[0].dataset.name
+    sections = [_means_section(runs, heads, metrics, len(names), f"Means on {dataset}", warnings)]
+    # The reasons stand below the means; every further table may be read, or pasted, on its own.
+    short = (f"{NOT_COMPARABLE} not comparable with published numbers",) if warnings else ()
+    for metric in metrics:
+        title = f"{label(metric)} on {dataset}"
+        sections.append(_metric_section(runs, heads, names, metric, title, short))
+    return sections
+
+
+def _distinct_labels(runs: Sequence[RunResult]) -> list[str]:
+    """Labels; with the run's id where two runs would share one."""
+    labels = [run_label(run) for run in runs]
+    return [f"{text} {run.run_id}" if labels.count(text) > 1 else text for run, text in zip(runs, labels, strict=True)]
+
+
+def _means_section(
+    runs: Sequence[RunResult],
+    heads: Sequence[Cell],
+    metrics: Sequence[str],
+    categories: int,
+    title: str,
+    warnings: tuple[str, ...],
+) -> Section:
+    notes = _Notes()
+    columns = []
+    for metric in metrics:
+        cells = [_group_mean_cell(run, metric, categories, notes) for run in runs]
+        columns.append(_with_best(cells, _full_means(runs, metric, categories), metric))
+    return Section(
+        title=title,
+        header=("method", *map(label, metrics)),
+        rows=tuple(zip(heads, *columns, strict=True)),
+        warnings=warnings,
+        notes=notes.lines(),
+    )
+
+
+def _metric_section(
+    runs: Sequence[RunResult],
+    heads: Sequence[Cell],
+    names: Sequence[str],
+    metric: str,
+    title: str,
+    warnings: tuple[str, ...],
+) -> Section:
+    notes = _Notes()
+    columns = []
+    for name in names:
+        results = [run.categories.get(name) for run in runs]
+        cells = [_category_cell(result, metric, notes) for result in results]
+        values = [r.metrics.get(metric) if r and r.status == "ok" else None for r in results]
+        columns.append(_with_best(cells, values, metric))
+    means = [_group_mean_cell(run, metric, len(names), notes) for run in runs]
+    columns.append(_with_best(means, _full_means(runs, metric, len(names)), metric))
+    return Section(
+        title=title,
+        header=("method", *names, "mean"),
+        rows=tuple(zip(heads, *columns, strict=True)),
+        warnings=warnings,
+        notes=notes.lines(),
+        transposable=True,
+    )
+
+
+def _mean_count(run: RunResult, metric: str) -> int:
+    return sum(r.status == "ok" and r.metrics.get(metric) is not None for r in run.categories.values())
+
+
+def _group_mean_cell(run: RunResult, metric: str, categories: int, notes: _Notes) -> Cell:
+    count = _mean_count(run, metric)
+    if run.mean.get(metric) is None or run.mean_notes.get(metric) or count == categories:
+        return _mean_cell(run, metric, notes)
+    note = f"mean over {count} of the {categories} categories of this table"
+    return _value_cell(run.mean[metric], "", notes, note)
+
+
+def _full_means(runs: Sequence[RunResult], metric: str, categories: int) -> list[float | None]:
+    """Means that are over every category of the table: only these compete for the best."""
+    return [run.mean.get(metric) if _mean_count(run, metric) == categories else None for run in runs]
+
+
+def _with_best(cells: Sequence[Cell], values: Sequence[float | None], metric: str) -> list[Cell]:
+    """Cells with the best value in bold; equal as printed counts as equal, a single value is not a best."""
+    printed = [None if value is None else _number(value) for value in values]
+    defined = [text for text in printed if text is not None]
+    if len(defined) < 2:
+        return list(cells)
+    best = max(defined, key=float) if higher_is_better(metric) else min(defined, key=float)
+    return [
+        Cell(cell.text, bold=text == best, mark=cell.mark, tone=cell.tone)
+        for cell, text in zip(cells, printed, strict=True)
+    ]
+
+
+_TONES: Mapping[str, Tone] = {"ok": "good", "out": "bad", "missing": "warn"}
+
+
+def _comparison_section(comparison: Comparison) -> Section:
+    """Obtained against expected, changed ones first."""
+    notes = _Notes()
+    rows = tuple(_comparison_cells(row, notes) for row in comparison.rows)
+    counts = {"out of tolerance": "out", "missing": "missing", "within tolerance": "ok"}
+    summary = ", ".join(
+        f"{sum(row.status == status for row in comparison.rows)} {text}" for text, status in counts.items()
+    )
+    left_out = ", ".join(label(metric) for metric in comparison.not_compared)
+    return Section(
+        title=f"{comparison.run_id} against {comparison.reference.name}",
+        subtitle=summary,
+        header=("category", "metric", "obtained", "expected", "difference", "tolerance", "status"),
+        rows=rows,
+        text_columns=2,
+        warnings=tuple(f"Compare with care: {remark}" for remark in comparison.remarks),
+        notes=(
+            *notes.lines(),
+            *((f"Not compared: {left_out}",) if left_out else ()),
+            f"Expected: {comparison.reference.source}",
+            *comparison.reference.notes,
+        ),
+    )
+
+
+def _comparison_cells(row: ComparisonRow, notes: _Notes) -> tuple[Cell, ...]:
+    obtained = NOT_AVAILABLE if row.obtained is None else f"{row.obtained:.4f}"
+    difference = NOT_AVAILABLE if row.difference is None else f"{row.difference:+.4f}"
+    return (
+        Cell(row.category),
+        Cell(label(row.metric) if row.metric in METRICS else row.metric),
+        Cell(obtained, mark=notes.mark(row.note) if row.note else ""),
+        Cell(f"{row.expected:.4f}"),
+        Cell(difference),
+        Cell(f"{row.tolerance:g}"),
+        Cell(row.status, bold=row.status != "ok", tone=_TONES[row.status]),
+    )

@@ -1,0 +1,1 @@
+"""The five stages: the only code that knows store, datasets and methods together."""

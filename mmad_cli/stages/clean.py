@@ -1,0 +1,105 @@
+"""One clean scan: its key, its form on disk, and how it is had (read, or computed and stored)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmad_cli.store import Artefact, CorruptArtefactError, Store, library_versions, make_key
+from mmad_cli.types import BoolArray, Sample, SampleRef
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mmad_cli.datasets.base import Dataset
+    from mmad_cli.preprocessing.config import PreprocessConfig
+
+STAGE = "preprocess"
+
+Notice = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class CleanJob:
+    """Everything that is needed to have one clean scan, in any process."""
+
+    store_root: Path
+    dataset: Dataset
+    ref: SampleRef
+    config: PreprocessConfig
+    key: str
+
+    @property
+    def artefact(self) -> Artefact:
+        """Its place in the store."""
+        return Artefact(STAGE, self.ref.category, self.key)
+
+
+def clean_key(config: PreprocessConfig, raw: Mapping[str, str]) -> str:
+    """Key of a clean scan: the parameters, what computed it, and the content of its raw files by role."""
+    from mmad_cli.preprocessing.config import PREPROCESSING_VERSION
+
+    return make_key(
+        STAGE,
+        PREPROCESSING_VERSION,
+        parameters=config.model_dump(mode="json"),
+        libraries=library_versions(() if config.protocol == "none" else ("open3d",)),
+        raw=dict(raw),
+    )
+
+
+def load_clean(job: CleanJob, notice: Notice) -> Sample:
+    """The clean scan from the store, computed first where it is missing or damaged."""
+    tensors, info = Store(job.store_root).tensors_or_compute(
+        job.artefact, lambda: _compute(job), lambda error: notice(recomputed(error))
+    )
+    return decode_clean(job.ref, tensors, info)
+
+
+def recomputed(error: CorruptArtefactError) -> str:
+    """The line that a user sees when a damaged file is replaced."""
+    return f"{error}; computed again"
+
+
+def _compute(job: CleanJob) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    from mmad_cli.preprocessing import preprocess
+
+    return encode_clean(preprocess(job.dataset.read(job.ref), job.config))
+
+
+def encode_clean(sample: Sample) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Arrays and record of a clean scan. Lossless; only points that exist take space."""
+    present = sample.xyz.any(axis=-1)
+    tensors: dict[str, NDArray[Any]] = {
+        "present": np.packbits(present),
+        "points": sample.xyz[present],
+        "rgb": sample.rgb,
+        "mask": np.packbits(sample.mask),
+    }
+    shapes = {"xyz": list(sample.xyz.shape[:2]), "mask": list(sample.mask.shape)}
+    return tensors, {"shapes": shapes, "info": dict(sample.info)}
+
+
+def decode_clean(ref: SampleRef, tensors: Mapping[str, NDArray[Any]], record: Mapping[str, Any]) -> Sample:
+    """Inverse of `encode_clean`."""
+    present = _unpack(tensors["present"], record["shapes"]["xyz"])
+    xyz = np.zeros((*present.shape, 3), dtype=np.float32)
+    xyz[present] = tensors["points"]
+    return Sample(
+        category=ref.category,
+        split=ref.split,
+        defect=ref.defect,
+        stem=ref.stem,
+        rgb=tensors["rgb"],
+        xyz=xyz,
+        mask=_unpack(tensors["mask"], record["shapes"]["mask"]),
+        info=record["info"],
+    )
+
+
+def _unpack(bits: NDArray[np.uint8], shape: list[int]) -> BoolArray:
+    return np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).astype(bool)

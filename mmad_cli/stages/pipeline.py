@@ -1,0 +1,225 @@
+"""The stages before evaluation, for a whole dataset: preprocess, extract, fit, and the plan of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mmad_cli.errors import DataError, StoreError, UsageError
+from mmad_cli.stages.evaluate import EvaluateRequest, Prepared, prepare, preprocess_config
+from mmad_cli.stages.features import FeatureJob
+from mmad_cli.stages.plan import (
+    CategorySamples,
+    Selection,
+    choose_categories,
+    clean_jobs,
+    feature_jobs,
+    plan_category,
+    select_samples,
+)
+from mmad_cli.stages.predict import fitted_method
+from mmad_cli.stages.preprocess import StageReport, extract_category, preprocess_category
+from mmad_cli.stages.session import Session
+from mmad_cli.store import RawIndex
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mmad_cli.datasets.base import Dataset
+    from mmad_cli.preprocessing.config import PreprocessConfig
+
+    from mmad_cli.backbones.specs import FeatureSpec
+
+
+@dataclass(frozen=True)
+class CategoryOutcome:
+    """What a stage did for one category, or why it could not."""
+
+    category: str
+    reports: Mapping[str, StageReport] = field(default_factory=dict)
+    error: str | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything of this category is done."""
+        return self.error is None and not any(report.failures for report in self.reports.values())
+
+
+@dataclass(frozen=True)
+class PlanLine:
+    """What one stage of one category still has to do, and what that will take."""
+
+    category: str
+    stage: str
+    total: int
+    missing: int
+    disk_bytes: int
+    memory_bytes: int
+
+
+def _each_category(
+    session: Session, dataset: Dataset, categories: list[str], selection: Selection
+) -> Iterator[tuple[str, CategorySamples | DataError]]:
+    index = RawIndex(session.store.root, dataset.root)
+    for category in categories:
+        try:
+            yield category, select_samples(session, dataset, category, selection, index=index)
+        except DataError as error:
+            yield category, error
+
+
+def preprocess(
+    session: Session,
+    data: Path,
+    *,
+    protocol: str = "m3dm",
+    settings: Mapping[str, Any] | None = None,
+    selection: Selection | None = None,
+    force: bool = False,
+) -> list[CategoryOutcome]:
+    """Clean scans of a dataset into the store. Raw files are only read. Failing samples are listed, the rest is kept."""
+    from mmad_cli.datasets import open_dataset
+
+    selection = selection or Selection()
+    config = preprocess_config(protocol, settings or {})
+    dataset = open_dataset(data)
+    outcomes = []
+    for category, samples in _each_category(
+        session, dataset, choose_categories(dataset, selection.categories), selection
+    ):
+        if isinstance(samples, DataError):
+            outcomes.append(CategoryOutcome(category, error=str(samples)))
+            continue
+        jobs = clean_jobs(session, dataset, samples, config)
+        if force:
+            for job in jobs.values():
+                session.store.remove(job.artefact)
+        outcomes.append(CategoryOutcome(category, {"preprocess": preprocess_category(session, category, jobs)}))
+    return outcomes
+
+
+def extract(
+    session: Session,
+    data: Path,
+    specs: Mapping[str, FeatureSpec],
+    *,
+    preprocessing: PreprocessConfig,
+    selection: Selection | None = None,
+    force: bool = False,
+) -> list[CategoryOutcome]:
+    """Features of a dataset into the store; scans are cleaned first where that is missing."""
+    from mmad_cli.backbones.weights import resolve
+
+    from mmad_cli.datasets import open_dataset
+
+    selection = selection or Selection()
+    names = sorted({name for spec in specs.values() for name in spec.weights_names()})
+    weights = {name: resolve(name).sha256 for name in names}
+    dataset = open_dataset(data)
+    outcomes = []
+    for category, samples in _each_category(
+        session, dataset, choose_categories(dataset, selection.categories), selection
+    ):
+        if isinstance(samples, DataError):
+            outcomes.append(CategoryOutcome(category, error=str(samples)))
+            continue
+        clean = clean_jobs(session, dataset, samples, preprocessing)
+        cleaned = preprocess_category(session, category, clean)
+        usable = {id_: job for id_, job in clean.items() if id_ not in cleaned.failures}
+        jobs = feature_jobs(usable, specs, weights)
+        if force:
+            _forget(session, jobs)
+        extracted = extract_category(session, category, jobs)
+        outcomes.append(CategoryOutcome(category, {"preprocess": cleaned, "extract": extracted}))
+    return outcomes
+
+
+def _forget(session: Session, jobs: Mapping[str, Mapping[str, FeatureJob]]) -> None:
+    for by_id in jobs.values():
+        for job in by_id.values():
+            session.store.remove(job.artefact)
+
+
+def backbone_spec(name: str, settings: Mapping[str, Any]) -> FeatureSpec:
+    """The feature that `mmad extract --backbone NAME` means: `fpfh`, or a timm model with its tag."""
+    from mmad_cli.backbones.specs import PARAMS, FeatureSpec
+
+    if name == "timm":
+        raise UsageError("--backbone timm: name the model, for example resnet18.tv_in1k")
+    if name in PARAMS:
+        return FeatureSpec(backbone=name, input="xyz" if name != "depth" else "depth", params=dict(settings))
+    return FeatureSpec.timm(name, **settings)
+
+
+def fit(session: Session, request: EvaluateRequest) -> list[CategoryOutcome]:
+    """Fit a method per category and store it; earlier stages are run where they are missing."""
+    prepared = prepare(session, request)
+    outcomes = []
+    for category, samples in _each_category(session, prepared.dataset, prepared.categories, request.selection):
+        if isinstance(samples, DataError):
+            outcomes.append(CategoryOutcome(category, error=str(samples)))
+            continue
+        outcomes.append(_fit_category(session, prepared, samples))
+    return outcomes
+
+
+def _fit_category(session: Session, prepared: Prepared, samples: CategorySamples) -> CategoryOutcome:
+    plan = plan_category(session, prepared.dataset, samples, prepared.preprocessing, prepared.run)
+    wanted = {ref.id for ref in (*plan.samples.train, *plan.samples.validation)}
+    clean = {id_: job for id_, job in plan.clean.items() if id_ in wanted}
+    jobs = {name: {id_: job for id_, job in by.items() if id_ in wanted} for name, by in plan.features.items()}
+    if prepared.request.force:
+        _forget(session, jobs)
+        session.store.remove(plan.fit)
+    reports = {"preprocess": preprocess_category(session, samples.category, clean)}
+    if reports["preprocess"].failures:
+        return CategoryOutcome(samples.category, reports)
+    reports["extract"] = extract_category(session, samples.category, jobs)
+    if reports["extract"].failures:
+        return CategoryOutcome(samples.category, reports)
+    try:
+        _, info = fitted_method(session, plan, prepared.run)
+    except StoreError:
+        raise
+    except DataError as error:
+        return CategoryOutcome(samples.category, reports, error=str(error))
+    return CategoryOutcome(samples.category, reports, info=info)
+
+
+def plan(session: Session, request: EvaluateRequest) -> list[PlanLine]:
+    """What `evaluate` would still have to compute, with disk and memory estimates; nothing is computed."""
+    prepared = prepare(session, request)
+    store = session.store
+    lines = []
+    method = prepared.run.build("cpu")
+    for category, samples in _each_category(session, prepared.dataset, prepared.categories, request.selection):
+        if isinstance(samples, DataError):
+            raise samples
+        chain = plan_category(
+            session,
+            prepared.dataset,
+            samples,
+            prepared.preprocessing,
+            prepared.run,
+            full_resolution=request.full_resolution,
+        )
+        clean_missing = [job for job in chain.clean.values() if not store.has_tensors(job.artefact)]
+        scan_bytes = sum(sum(p.stat().st_size for p in job.ref.files.values()) for job in clean_missing)
+        lines.append(
+            # the clean form keeps existing points and the image uncompressed: at most about the raw size
+            PlanLine(category, "preprocess", len(chain.clean), len(clean_missing), scan_bytes, 0)
+        )
+        for name, jobs in chain.features.items():
+            missing = [job for job in jobs.values() if not store.has_tensors(job.artefact)]
+            size = prepared.run.specs[name].estimated_bytes() * len(missing)
+            lines.append(PlanLine(category, f"extract {name}", len(jobs), len(missing), size, 0))
+        fitted = store.folder(chain.fit).is_dir()
+        lines.append(PlanLine(category, "fit", 1, int(not fitted), 0, method.memory_estimate(len(samples.train))))
+        scored = sum(store.has_tensors(artefact) for artefact in chain.predictions.values())
+        left = len(chain.predictions) - scored
+        lines.append(PlanLine(category, "predict", len(chain.predictions), left, left * 201_000, 0))
+        known = store.path(chain.result, ".json").is_file()
+        lines.append(PlanLine(category, "evaluate", 1, int(not known), 0, len(samples.test) * 250_000))
+    return lines

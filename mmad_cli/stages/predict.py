@@ -1,0 +1,101 @@
+"""Stages three and four for one category: a fitted method, then a score and a map per test sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmad_cli.errors import DataError
+from mmad_cli.methods.base import Prediction
+from mmad_cli.stages.clean import recomputed
+from mmad_cli.stages.features import StoredFeatures, StoredSample
+from mmad_cli.stages.plan import CategoryPlan, MethodRun
+from mmad_cli.stages.session import Session
+from mmad_cli.store import Artefact, CorruptArtefactError
+from mmad_cli.types import SampleRef
+
+if TYPE_CHECKING:
+    from mmad_cli.methods.base import Method
+
+
+def stored_sample(session: Session, plan: CategoryPlan, ref: SampleRef) -> StoredSample:
+    """Features of one sample."""
+    jobs = {name: by_id[ref.id] for name, by_id in plan.features.items()}
+    return StoredSample(ref.id, jobs, session.resolve_device(), session.reporter.notice)
+
+
+def stored_features(session: Session, plan: CategoryPlan, refs: Sequence[SampleRef]) -> StoredFeatures:
+    """Features of several samples."""
+    return StoredFeatures([stored_sample(session, plan, ref) for ref in refs])
+
+
+def fitted_method(session: Session, plan: CategoryPlan, run: MethodRun) -> tuple[Method, dict[str, Any]]:
+    """The fitted method from the store, fitted first where it is missing or damaged."""
+    store = session.store
+    with store.lock(plan.fit):
+        try:
+            return _load(session, plan, run)
+        except FileNotFoundError:
+            pass
+        except CorruptArtefactError as error:
+            session.reporter.notice(recomputed(error))
+        method = run.build(session.resolve_device())
+        if not plan.samples.train:
+            raise DataError(f"category {plan.samples.category}: no training sample in train/good")
+        train = stored_features(session, plan, plan.samples.train)
+        validation = stored_features(session, plan, plan.samples.validation)
+        with session.reporter.task(f"{plan.samples.category}: fitting", 0) as advance:
+            method.fit(train, validation, seed=run.seed, progress=advance)
+        info = {"banks": {name: {"rows": b.rows, "dim": b.dim} for name, b in method.banks().items()}}
+        with store.write_folder(plan.fit, info) as folder:
+            method.save(folder)
+        return method, info
+
+
+def _load(session: Session, plan: CategoryPlan, run: MethodRun) -> tuple[Method, dict[str, Any]]:
+    folder, info = session.store.read_folder(plan.fit)
+    method = run.build(session.resolve_device())
+    method.load(folder)
+    return method, info
+
+
+def read_prediction(session: Session, artefact: Artefact) -> Prediction | None:
+    """A stored prediction; None where it is missing or damaged (said so)."""
+    try:
+        tensors, _ = session.store.read_tensors(artefact)
+    except FileNotFoundError:
+        return None
+    except CorruptArtefactError as error:
+        session.reporter.notice(recomputed(error))
+        session.store.remove(artefact)
+        return None
+    return Prediction(tensors["anomaly_map"], float(tensors["image_score"][0]))
+
+
+def write_prediction(session: Session, artefact: Artefact, prediction: Prediction) -> None:
+    """Store a prediction. Raises DataError for scores that are not finite."""
+    tensors: dict[str, NDArray[Any]] = {
+        "anomaly_map": np.asarray(prediction.anomaly_map, dtype=np.float32),
+        "image_score": np.asarray([prediction.image_score], dtype=np.float64),
+    }
+    session.store.write_tensors(artefact, tensors, {})
+
+
+def predictions(session: Session, plan: CategoryPlan, run: MethodRun, method: Method | None) -> list[Prediction]:
+    """A prediction per test sample in order; only what is missing is computed."""
+    found = {ref.id: read_prediction(session, plan.predictions[ref.id]) for ref in plan.samples.test}
+    missing = [ref for ref in plan.samples.test if found[ref.id] is None]
+    if missing:
+        method = method or fitted_method(session, plan, run)[0]
+        with session.reporter.task(f"{plan.samples.category}: scoring", len(missing)) as advance:
+            for done, ref in enumerate(missing, start=1):
+                scored = method.predict(stored_sample(session, plan, ref))
+                if not (np.isfinite(scored.anomaly_map).all() and np.isfinite(scored.image_score)):
+                    raise DataError(f"{plan.samples.category} {ref.id}: the method gave a score that is not finite")
+                write_prediction(session, plan.predictions[ref.id], scored)
+                found[ref.id] = scored
+                advance(done, len(missing))
+    return [prediction for ref in plan.samples.test if (prediction := found[ref.id]) is not None]

@@ -1,0 +1,74 @@
+"""Stages one and two for one category: clean scans, then features, into the store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mmad_cli.stages.clean import STAGE as PREPROCESS
+from mmad_cli.stages.clean import CleanJob
+from mmad_cli.stages.features import STAGE as EXTRACT
+from mmad_cli.stages.features import FeatureJob, batch_size, runs_in_pool
+from mmad_cli.stages.session import Session
+from mmad_cli.stages.tasks import ExtractTask, clean_task, extract_task, run_all
+from mmad_cli.store import Artefact, make_key
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a stage did for one category."""
+
+    category: str
+    total: int
+    computed: int
+    failures: Mapping[str, str] = field(default_factory=dict)
+
+
+def preprocess_category(session: Session, category: str, jobs: Mapping[str, CleanJob]) -> StageReport:
+    """Bring every clean scan into the store; what is there already is not touched."""
+    missing = [job for job in jobs.values() if not session.store.has_tensors(job.artefact)]
+    failures = run_all(
+        clean_task,
+        missing,
+        total=len(missing),
+        title=f"{category}: preprocessing",
+        executor=session.pool(len(missing)),
+        reporter=session.reporter,
+    )
+    _write_manifest(session, PREPROCESS, category, {id_: job.key for id_, job in jobs.items() if id_ not in failures})
+    return StageReport(category, len(jobs), len(missing) - len(failures), failures)
+
+
+def extract_category(session: Session, category: str, features: Mapping[str, Mapping[str, FeatureJob]]) -> StageReport:
+    """Bring every feature into the store; what is there already is not touched."""
+    total = computed = 0
+    failures: dict[str, str] = {}
+    for name, jobs in features.items():
+        missing = [job for job in jobs.values() if not session.store.has_tensors(job.artefact)]
+        total += len(jobs)
+        if not missing:
+            continue
+        spec = missing[0].spec
+        device = session.resolve_device()
+        in_pool = runs_in_pool(spec)
+        size = 1 if in_pool else batch_size(spec, device)
+        tasks = [ExtractTask(tuple(missing[i : i + size]), device) for i in range(0, len(missing), size)]
+        failed = run_all(
+            extract_task,
+            tasks,
+            total=len(missing),
+            title=f"{category}: extracting {name}",
+            executor=session.pool(len(tasks)) if in_pool else None,
+            reporter=session.reporter,
+        )
+        failures.update(failed)
+        computed += len(missing) - len(failed)
+        _write_manifest(session, EXTRACT, category, {i: job.key for i, job in jobs.items() if i not in failed})
+    return StageReport(category, total, computed, failures)
+
+
+def _write_manifest(session: Session, stage: str, category: str, keys: Mapping[str, str]) -> None:
+    """List a stage's artefacts for a category with their digests."""
+    samples = {id_: session.store.describe(Artefact(stage, category, key)) for id_, key in keys.items()}
+    key = make_key(f"{stage}-manifest", 1, category=category, keys=dict(keys))
+    session.store.write_manifest(stage, category, key, {"stage": stage, "category": category, "samples": samples})

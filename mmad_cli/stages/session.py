@@ -1,0 +1,71 @@
+"""What all stages of one command share: the store, the workers, the device, the reporter."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from mmad_cli.errors import UsageError
+from mmad_cli.stages.executor import close_pool, make_pool, resolve_workers
+from mmad_cli.stages.progress import Reporter, SilentReporter
+from mmad_cli.store import Store
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass
+class Session:
+    """One command's resources. Use it as a context manager so that workers end."""
+
+    store: Store = field(default_factory=Store)
+    workers: int | None = None
+    device: str = "auto"
+    reporter: Reporter = field(default_factory=SilentReporter)
+    _executor: Executor | None = field(default=None, init=False, repr=False)
+    _resolved_device: str | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise UsageError(f"--workers {self.workers}: must be at least 1")
+        if self.device not in DEVICES:
+            raise UsageError(f"--device {self.device}: choose one of {', '.join(DEVICES)}")
+        if self.device == "cuda":
+            self.resolve_device()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        close_pool(self._executor)
+        self._executor = None
+
+    def pool(self, tasks: int) -> Executor | None:
+        """The process pool, started when first worth it: starting workers costs more than a few small tasks."""
+        count = resolve_workers(self.workers)
+        if count <= 1 or tasks < 2 * count:
+            return None
+        if self._executor is None:
+            self._executor = make_pool(count)
+        return self._executor
+
+    def resolve_device(self) -> str:
+        """`cpu` or `cuda`. Raises UsageError when cuda is asked for and there is none."""
+        if self._resolved_device is None:
+            self._resolved_device = _resolve_device(self.device)
+        return self._resolved_device
+
+
+def _resolve_device(device: str) -> str:
+    if device == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if device == "cuda":
+        built = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
+        raise UsageError(f"--device cuda: {built}; use --device cpu or auto, and see `mmad doctor`")
+    return "cpu"

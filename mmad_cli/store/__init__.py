@@ -1,0 +1,18 @@
+"""Artefacts on disk: keys, atomic writes, locks, verification."""
+
+from mmad_cli.store.keys import library_version, library_versions, make_key
+from mmad_cli.store.raw import RawIndex
+from mmad_cli.store.store import Artefact, CorruptArtefactError, Problem, Store, Usage, default_root
+
+__all__ = [
+    "Artefact",
+    "CorruptArtefactError",
+    "Problem",
+    "RawIndex",
+    "Store",
+    "Usage",
+    "default_root",
+    "library_version",
+    "library_versions",
+    "make_key",
+]

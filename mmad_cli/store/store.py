@@ -1,0 +1,384 @@
+"""The store: expensive results on disk, found by the key of what they were computed from.
+
+    <root>/<stage>/<category>/<key>.safetensors    one sample
+    <root>/<stage>/<category>/<key>/               a fitted method (folder with files and manifest.json)
+    <root>/<stage>/<category>/<key>.json           a small record
+    <root>/manifests/<stage>/<category>/<key>.json which samples make up a stage's output, with digests
+    <root>/runs/<run-id>.json                      which manifests a run needs (for prune)
+    <root>/locks/                                  one lock per artefact
+
+Every file carries or is listed with the digest of its content and is checked whenever it is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmad_cli.errors import StoreError
+from mmad_cli.files import TEMPORARY_PREFIX, atomic_folder, atomic_write, translated_os_errors
+from mmad_cli.store.keys import canonical_json, digest_bytes, digest_tensors
+
+Tensors = dict[str, NDArray[Any]]
+
+ENVIRONMENT_VARIABLE = "MMAD_STORE"
+_METADATA = "mmad"
+# A temporary name older than this belongs to a process that was killed
+_STALE_SECONDS = 3600.0
+# Folders below the root that hold no artefacts under a key
+_NOT_ARTEFACTS = ("datasets", "locks", "raw", "runs")
+
+
+class CorruptArtefactError(StoreError):
+    """A stored file does not hold what was written."""
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """Place of one stored result."""
+
+    stage: str
+    category: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A stored file that failed verification, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Files and bytes of one stage and category."""
+
+    stage: str
+    category: str
+    files: int
+    bytes: int
+
+
+def default_root() -> Path:
+    """`$MMAD_STORE`, else the user's cache folder."""
+    chosen = os.environ.get(ENVIRONMENT_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("mmad", appauthor=False)
+
+
+def safe_name(name: str) -> str:
+    """A folder name for any category name: plain characters stay, the rest is percent-encoded."""
+    plain = "".join(c if c.isalnum() or c in "-_ " else "".join(f"%{b:02x}" for b in c.encode()) for c in name)
+    return plain or "%"
+
+
+class Store:
+    """Artefacts below one root folder. Safe for several processes at once."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = (root or default_root()).expanduser().absolute()
+        if self.root.exists() and not self.root.is_dir():
+            raise StoreError(f"--store: {self.root} is a file; name a folder")
+
+    # -- places ----------------------------------------------------------------------------------------------
+
+    def folder(self, artefact: Artefact) -> Path:
+        """Where a fitted method lies."""
+        return self.root / artefact.stage / safe_name(artefact.category) / artefact.key
+
+    def path(self, artefact: Artefact, suffix: str = ".safetensors") -> Path:
+        """Where a file artefact lies."""
+        return self.folder(artefact).with_name(artefact.key + suffix)
+
+    def manifest_path(self, stage: str, category: str, key: str) -> Path:
+        """Where the manifest of a stage and category lies."""
+        return self.root / "manifests" / stage / safe_name(category) / f"{key}.json"
+
+    @contextlib.contextmanager
+    def lock(self, artefact: Artefact) -> Iterator[None]:
+        """Hold the artefact's lock: whoever comes second waits and then finds the result."""
+        from filelock import FileLock
+
+        path = self.root / "locks" / artefact.key[:2] / f"{artefact.stage}-{artefact.key}.lock"
+        with translated_os_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    # -- one sample: tensors ---------------------------------------------------------------------------------
+
+    def has_tensors(self, artefact: Artefact) -> bool:
+        """Whether the file is there (its content is checked on reading)."""
+        return self.path(artefact).is_file()
+
+    def write_tensors(self, artefact: Artefact, tensors: Mapping[str, NDArray[Any]], info: Mapping[str, Any]) -> None:
+        """Store named arrays and a JSON record beside them, atomically."""
+        from safetensors.numpy import save
+
+        arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+        text = canonical_json(dict(info))
+        header = {_METADATA: text, "digest": digest_tensors(arrays, text)}
+        atomic_write(self.path(artefact), save(arrays, metadata=header))
+
+    def read_tensors(self, artefact: Artefact) -> tuple[Tensors, dict[str, Any]]:
+        """Read and verify. Raises FileNotFoundError, or CorruptArtefactError naming the file."""
+        path = self.path(artefact)
+        return _parse_tensors(path, path.read_bytes())
+
+    def describe(self, artefact: Artefact) -> dict[str, Any]:
+        """Key, digest and size of a stored file, from its header alone."""
+        path = self.path(artefact)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            digest = _header(path, file.read(length))["digest"]
+        return {"key": artefact.key, "digest": digest, "bytes": path.stat().st_size}
+
+    def remove(self, artefact: Artefact) -> None:
+        """Forget a stored result of any kind."""
+        self.path(artefact).unlink(missing_ok=True)
+        self.path(artefact, ".json").unlink(missing_ok=True)
+        shutil.rmtree(self.folder(artefact), ignore_errors=True)
+
+    def tensors_or_compute(
+        self,
+        artefact: Artefact,
+        compute: Callable[[], tuple[Mapping[str, NDArray[Any]], Mapping[str, Any]]],
+        on_corrupt: Callable[[CorruptArtefactError], None],
+    ) -> tuple[Tensors, dict[str, Any]]:
+        """What is stored, or what `compute` returns (then stored). A damaged file is reported and computed again."""
+        try:
+            return self.read_tensors(artefact)
+        except FileNotFoundError:
+            pass
+        except CorruptArtefactError as error:
+            on_corrupt(error)
+        with self.lock(artefact):
+            # another process may have finished it while this one waited
+            try:
+                return self.read_tensors(artefact)
+            except (FileNotFoundError, CorruptArtefactError):
+                pass
+            tensors, info = compute()
+            self.write_tensors(artefact, tensors, info)
+        return dict(tensors), dict(info)
+
+    # -- a fitted method: folder -----------------------------------------------------------------------------
+
+    def read_folder(self, artefact: Artefact) -> tuple[Path, dict[str, Any]]:
+        """Verify a stored folder. Raises FileNotFoundError or CorruptArtefactError."""
+        folder = self.folder(artefact)
+        manifest_path = folder / "manifest.json"
+        if not folder.is_dir():
+            raise FileNotFoundError(folder)
+        manifest = _read_record(manifest_path)
+        for name, digest in manifest["files"].items():
+            if _digest_file(folder / name) != digest:
+                raise _corrupt(folder / name, "its content does not match the recorded digest")
+        return folder, dict(manifest["info"])
+
+    @contextlib.contextmanager
+    def write_folder(self, artefact: Artefact, info: dict[str, Any]) -> Iterator[Path]:
+        """A folder to fill; on leaving it is sealed with a manifest and moved into place. `info` may be filled inside."""
+        with atomic_folder(self.folder(artefact)) as temporary:
+            yield temporary
+            names = sorted(p.relative_to(temporary).as_posix() for p in temporary.rglob("*") if p.is_file())
+            record = {"files": {name: _digest_file(temporary / name) for name in names}, "info": info}
+            atomic_write(temporary / "manifest.json", _record_bytes(record))
+
+    # -- small records ---------------------------------------------------------------------------------------
+
+    def write_record(self, artefact: Artefact, record: Mapping[str, Any]) -> None:
+        """Store a JSON record with its digest."""
+        atomic_write(self.path(artefact, ".json"), _record_bytes(record))
+
+    def read_record(self, artefact: Artefact) -> dict[str, Any]:
+        """Read and verify a JSON record. Raises FileNotFoundError or CorruptArtefactError."""
+        return _read_record(self.path(artefact, ".json"))
+
+    def write_manifest(self, stage: str, category: str, key: str, record: Mapping[str, Any]) -> None:
+        """Record which artefacts make up the output of a stage for a category."""
+        path = self.manifest_path(stage, category, key)
+        data = _record_bytes(record)
+        if not path.is_file() or path.read_bytes() != data:
+            atomic_write(path, data)
+
+    def write_run(self, run_id: str, record: Mapping[str, Any]) -> None:
+        """Record where a run lies and which artefacts it needs."""
+        atomic_write(self.root / "runs" / f"{run_id}.json", _record_bytes(record))
+
+    # -- housekeeping ----------------------------------------------------------------------------------------
+
+    def usage(self) -> list[Usage]:
+        """Files and bytes per stage and category."""
+        found: dict[tuple[str, str], list[int]] = {}
+        for path in self._files():
+            parts = path.relative_to(self.root).parts
+            if len(parts) < 3 or parts[0] in (*_NOT_ARTEFACTS, "manifests"):
+                continue
+            counts = found.setdefault((parts[0], parts[1]), [0, 0])
+            counts[0] += 1
+            counts[1] += path.stat().st_size
+        return [Usage(stage, category, files, size) for (stage, category), (files, size) in sorted(found.items())]
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
+        """Read every stored file and compare with its digest."""
+        problems = []
+        files = [p for p in self._files() if p.relative_to(self.root).parts[0] not in ("locks", "raw")]
+        for done, path in enumerate(files, start=1):
+            try:
+                _verify_file(path)
+            except CorruptArtefactError as error:
+                problems.append(Problem(path, str(error)))
+            except OSError as error:
+                problems.append(Problem(path, f"{path}: cannot be read ({error.strerror})"))
+            if progress is not None:
+                progress(done, len(files))
+        return problems
+
+    def prune(self, dry_run: bool = False) -> tuple[list[Path], int]:
+        """Remove what no existing run needs, stale temporary files and idle locks; return paths and bytes.
+
+        A run exists as long as its folder does; one that was interrupted before its first summary counts too.
+        """
+        needed: set[str] = set()
+        removable: list[Path] = []
+        for record_path in sorted((self.root / "runs").glob("*.json")):
+            try:
+                record = _read_record(record_path)
+            except CorruptArtefactError:
+                removable.append(record_path)
+                continue
+            if Path(record["folder"]).is_dir():
+                needed.update(record["keys"])
+            else:
+                removable.append(record_path)
+        for path in self._files():
+            parts = path.relative_to(self.root).parts
+            if len(parts) < 3 or parts[0] in _NOT_ARTEFACTS:
+                continue
+            keys = _manifest_keys(path) if parts[0] == "manifests" else {parts[2].split(".")[0]}
+            if not keys & needed:
+                removable.append(path)
+        removable += self._stale_temporaries()
+        size = sum(p.stat().st_size for p in removable if p.is_file())
+        if not dry_run:
+            for path in removable:
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+            self._remove_empty_folders()
+        return removable, size
+
+    def _files(self) -> Iterator[Path]:
+        if self.root.is_dir():
+            for path in sorted(self.root.rglob("*")):
+                inside = path.relative_to(self.root).parts
+                if (
+                    path.is_file()
+                    and inside[0] != "datasets"
+                    and not any(p.startswith(TEMPORARY_PREFIX) for p in inside)
+                ):
+                    yield path
+
+    def _stale_temporaries(self) -> list[Path]:
+        oldest = time.time() - _STALE_SECONDS
+        if not self.root.is_dir():
+            return []
+        return [p for p in self.root.rglob(f"{TEMPORARY_PREFIX}*") if p.stat().st_mtime < oldest]
+
+    def _remove_empty_folders(self) -> None:
+        for folder in sorted((p for p in self.root.rglob("*") if p.is_dir()), reverse=True):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _corrupt(path: Path, reason: str) -> CorruptArtefactError:
+    return CorruptArtefactError(f"{path}: damaged ({reason})")
+
+
+def _parse_tensors(path: Path, data: bytes) -> tuple[Tensors, dict[str, Any]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    header = _header(path, data[8 : 8 + int.from_bytes(data[:8], "little")])
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise _corrupt(path, f"not a readable tensor file: {error}") from error
+    if digest_tensors(tensors, header[_METADATA]) != header["digest"]:
+        raise _corrupt(path, "its content does not match its digest")
+    return tensors, json.loads(header[_METADATA])
+
+
+def _header(path: Path, text: bytes) -> dict[str, str]:
+    try:
+        metadata = json.loads(text)["__metadata__"]
+        return {_METADATA: metadata[_METADATA], "digest": metadata["digest"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise _corrupt(path, f"its header cannot be read: {error}") from error
+
+
+def _record_bytes(record: Mapping[str, Any]) -> bytes:
+    # the digest is over the canonical form, so the order that a reader will see can be kept
+    digest = digest_bytes(canonical_json(dict(record)).encode())
+    return json.dumps({"digest": digest, "record": dict(record)}, indent=1).encode()
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    try:
+        content = json.loads(data)
+        record, digest = content["record"], content["digest"]
+        matches = digest_bytes(canonical_json(record).encode()) == digest
+    except (ValueError, KeyError, TypeError) as error:
+        raise _corrupt(path, f"not a readable record: {error}") from error
+    if not matches:
+        raise _corrupt(path, "its content does not match its digest")
+    return dict(record)
+
+
+def _manifest_keys(path: Path) -> set[str]:
+    try:
+        return {sample["key"] for sample in _read_record(path)["samples"].values()}
+    except CorruptArtefactError:
+        return set()
+
+
+def _digest_file(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
+    except FileNotFoundError as error:
+        raise _corrupt(path, "it is missing") from error
+
+
+def _verify_file(path: Path) -> None:
+    if path.suffix == ".safetensors" and not (path.parent / "manifest.json").is_file():
+        _parse_tensors(path, path.read_bytes())
+    elif path.name == "manifest.json":
+        manifest = _read_record(path)
+        for name, digest in manifest["files"].items():
+            if _digest_file(path.parent / name) != digest:
+                raise _corrupt(path.parent / name, "its content does not match the recorded digest")
+    elif path.suffix == ".json" and not (path.parent / "manifest.json").is_file():
+        _read_record(path)

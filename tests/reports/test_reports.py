@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from rich.console import Console
+
+from mmad_cli.errors import UsageError
+from mmad_cli.reports import FORMATS, render, render_rich
+from mmad_cli.results.compare import compare
+from mmad_cli.results.reference import ReferenceTable
+from mmad_cli.results.schema import CategoryResult, RunResult
+
+TEXTS = ("table", "markdown", "latex")
+
+
+def markdown_tables(text: str) -> list[list[list[str]]]:
+    """Rows of cells of every table, as a Markdown parser sees them."""
+    from markdown_it import MarkdownIt
+
+    tables: list[list[list[str]]] = []
+    for token in MarkdownIt("commonmark", {"html": True}).enable("table").parse(text):
+        if token.type == "table_open":
+            tables.append([])
+        elif token.type == "tr_open":
+            tables[-1].append([])
+        elif token.type == "inline" and tables and token.level >= 4:
+            tables[-1][-1].append("".join(c.content for c in token.children or () if c.type != "html_inline"))
+    return tables
+
+
+@pytest.fixture
+def comparison(run: RunResult):
+    rows = {
+        "bagel": {"i_auroc": 0.825, "p_auroc": 0.995},
+        "cable_gland": {"i_auroc": 0.633},
+        "tire": {"i_auroc": 0.8},
+    }
+    return compare(run, ReferenceTable("paper", "A paper, Table 1", rows=rows, notes=("read from an image",)))
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_one_run_shows_categories_mean_and_what_is_wrong(run, name):
+    text = render([run], name, metrics=["i_auroc", "i_ap"])
+    for word in ("0.825", "0.533", "0.679", "n/a", "no anomalous test image", "failed", "killed: out of memory"):
+        assert word in text
+    assert "Not comparable with published numbers: 3 of 10 categories" in text
+    assert "mean over 2 of 3 categories" in text or run.mean_notes == {}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_columns_are_the_default_metrics_that_the_run_has(run, name):
+    text = render([run], name).replace("\\", "")
+    assert "I-AUROC" in text and "AUPRO@30% (grid 100)" in text
+    assert "I-AP" not in text and "AUPRO@1%" not in text
+
+
+def test_markdown_of_one_run_is_a_table(run):
+    (rows,) = markdown_tables(render([run], "markdown"))
+    assert rows[0] == ["category", "I-AUROC", "P-AUROC", "AUPRO@30% (grid 100)"]
+    assert [row[0] for row in rows[1:]] == ["bagel", "cable_gland", "tire", "mean"]
+    assert rows[2][1:] == ["0.533", "0.955", "0.849"]
+    assert all(len(row) == 4 for row in rows)
+
+
+def test_several_runs_are_rows_and_the_best_is_bold(run, other_run):
+    run.update_mean()
+    text = render([run, other_run], "markdown", metrics=["i_auroc", "p_auroc"])
+    means, image, pixel = markdown_tables(text)
+    assert [row[0] for row in means[1:]] == ["btf fpfh (official)†", "btf rgb+fpfh (official)"]
+    assert image[0] == ["method", "bagel", "cable_gland", "tire", "mean"]
+    assert "**0.995**" in text and "**0.955**" in text
+    assert text.count("**0.900**") == 2, "only the two image values of other_run are best"
+    assert image[1][3].startswith("failed") and pixel[2][4] == "0.900"
+    assert "† btf fpfh (official): Not comparable" in text
+
+
+def test_a_mean_over_fewer_categories_is_never_the_best(run, other_run):
+    run.update_mean()
+    text = render([run, other_run], "markdown", metrics=["p_auroc"])
+    assert "**0.975**" not in text and "mean over 2 of 3 categories" in text
+
+
+def test_lower_is_better_for_false_positive_rates(run, other_run):
+    for one, value in ((run, 0.1), (other_run, 0.2)):
+        one.categories = {"bagel": CategoryResult(status="ok", metrics={"i_fpr95": value})}
+        one.update_mean()
+    text = render([run, other_run], "markdown")
+    assert "**0.100**" in text and "**0.200**" not in text
+
+
+def test_runs_on_different_content_do_not_share_a_table(run, other_run):
+    other_run.dataset.digest = "something else"
+    tables = markdown_tables(render([run, other_run], "markdown"))
+    assert [table[0][0] for table in tables] == ["category", "category"]
+
+
+def test_runs_with_one_label_are_told_apart(run):
+    twin = run.model_copy(update={"run_id": "twin"})
+    text = render([run, twin], "markdown")
+    assert "btf fpfh (official) twin" in text and f"btf fpfh (official) {run.run_id}" in text
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_comparisons_show_changed_numbers_first(run, comparison, name):
+    text = render([run], name, comparisons=[comparison])
+    body = text[text.index("against paper") :]
+    assert body.index("0.6330") < body.index("0.8000") < body.index("0.8250")
+    for word in ("-0.1000", "0.005", "out", "missing", "read from an image", "A paper, Table 1"):
+        assert word in body
+    assert "1 out of tolerance, 1 missing, 2 within tolerance" in body
+    assert "Compare with care: the run is not comparable: 3 of 10 categories" in body
+    assert "killed: out of memory" in body
+
+
+def test_markdown_of_a_comparison_is_a_table(comparison):
+    (rows,) = markdown_tables(render([], "markdown", comparisons=[comparison]))
+    assert rows[1] == ["cable_gland", "I-AUROC", "0.5330", "0.6330", "-0.1000", "0.005", "out"]
+    assert len(rows) == 5 and all(len(row) == 7 for row in rows)
+
+
+def test_markdown_escapes(nasty_run, nasty_names):
+    text = render([nasty_run], "markdown", metrics=["i_auroc", "p_auroc"])
+    assert "<script>" not in text
+    (rows,) = markdown_tables(text)
+    shown = [row[0] for row in rows[1 : 1 + len(nasty_names)]]
+    assert shown == [" ".join(name.split()) for name in nasty_names]
+    assert all(len(row) == 3 for row in rows)
+
+
+def test_rich_does_not_read_markup(nasty_run, nasty_names):
+    text = render([nasty_run], "table")
+    for name in nasty_names:
+        assert all(line in text for line in name.split("\n"))
+
+
+def test_rich_renderable_goes_to_any_console(nasty_run, comparison):
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    console.print(render_rich([nasty_run], comparisons=[comparison]))
+    assert "[red]" in console.file.getvalue()
+
+
+def test_a_narrow_terminal_shows_runs_as_columns(run, other_run):
+    for one in (run, other_run):
+        for index in range(10):
+            one.set_category(f"category{index}", CategoryResult(status="ok", metrics={"i_auroc": 0.123}))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(render_rich([run, other_run], ["i_auroc"]))
+    lines = console.file.getvalue().splitlines()
+    assert [line.split() for line in lines if line.startswith("category7")] == [["category7", "0.123", "0.123"]]
+
+
+def test_table_text_is_plain_and_never_cut(run, other_run):
+    text = render([run, other_run], "table")
+    assert "\x1b" not in text and "…" not in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_latex_escapes(nasty_run):
+    text = render([nasty_run], "latex")
+    body = re.sub(r"\\[a-zA-Z]+|\\[{}$&#%_\\]", "", text)
+    cells = [line for line in body.splitlines() if line.startswith("    ")]
+    assert cells and not any(set("#%$_~^<>|") & set(line) for line in cells)
+    assert r"\\" + "\n    [" not in text
+    assert "a\\textbar{}b\\_c" in text
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_latex_compiles(nasty_run, run, other_run, comparison, tmp_path):
+    tables = render([nasty_run, run, other_run], "latex", comparisons=[comparison])
+    document = rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{tables}\end{{document}}"
+    (tmp_path / "report.tex").write_text(document)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "report.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_latex_has_booktabs_rules_and_balanced_environments(run):
+    text = render([run], "latex")
+    for word in (r"\toprule", r"\midrule", r"\bottomrule", "booktabs"):
+        assert word in text
+    for environment in ("table", "tabular"):
+        assert text.count(rf"\begin{{{environment}}}") == text.count(rf"\end{{{environment}}}") == 1
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 5 and all(line.count("&") == 3 for line in rows)
+
+
+def test_csv_is_tidy_and_exact(run):
+    run.categories["bagel"].metrics["i_auroc"] = 0.1 + 0.2
+    rows = list(csv.DictReader(io.StringIO(render([run], "csv"))))
+    assert " ".join(rows[0]) == "run_id method variant recipe dataset category metric value comparable"
+    value = {(row["category"], row["metric"]): row["value"] for row in rows}
+    assert float(value["bagel", "i_auroc"]) == 0.1 + 0.2
+    assert value["bagel", "i_ap"] == "" and value["tire", "i_auroc"] == ""
+    assert float(value["mean", "p_auroc"]) == 0.975
+    assert {row["comparable"] for row in rows} == {"false"}
+    assert len(rows) == 4 * 4
+
+
+def test_csv_quotes(nasty_run, nasty_names):
+    rows = list(csv.DictReader(io.StringIO(render([nasty_run], "csv", metrics=["i_auroc"]))))
+    assert [row["category"] for row in rows[: len(nasty_names)]] == list(nasty_names)
+
+
+def test_csv_of_comparisons(run, comparison):
+    rows = list(csv.DictReader(io.StringIO(render([run], "csv", comparisons=[comparison]))))
+    assert [row["status"] for row in rows] == ["out", "missing", "ok", "ok"]
+    assert float(rows[0]["difference"]) == pytest.approx(-0.1) and rows[1]["obtained"] == ""
+
+
+def test_json_holds_runs_and_comparisons(run, comparison):
+    data = json.loads(render([run], "json", comparisons=[comparison]))
+    assert RunResult.model_validate(data["runs"][0]) == run
+    assert data["comparisons"][0]["exit_code"] == 1
+    assert data["comparisons"][0]["rows"][0]["status"] == "out"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_nothing_to_report_is_no_crash(name):
+    assert isinstance(render([], name), str)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_run_that_failed_everywhere_is_reported(run, name):
+    for category in list(run.categories):
+        run.set_category(category, CategoryResult(status="failed", error="no memory"))
+    text = render([run], name)
+    assert "tire" in text or name == "csv"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_unknown_metrics_are_usage_errors(run, name):
+    with pytest.raises(UsageError, match="did you mean 'i_auroc'"):
+        render([run], name, metrics=["i_aurok"])
+
+
+def test_unknown_formats_are_usage_errors(run):
+    with pytest.raises(UsageError, match="did you mean 'markdown'"):
+        render([run], "markdwn")
+
+
+def test_categories_without_a_result_yet_are_named(run):
+    del run.categories["tire"]
+    assert "No result for: tire" in render([run], "markdown")
