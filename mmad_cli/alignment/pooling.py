@@ -103,8 +103,15 @@ def patches_from_points(points: NDArray[np.floating], pixel: NDArray[np.integer]
     patch without points under it is exactly zero.
     """
     _check_points(points, pixel, size)
-    operator = _patch_operator(size, grid)
-    return np.asarray(operator[:, np.asarray(pixel)] @ _as_float32(points), dtype=np.float32)
+    return np.asarray(pooling_operator(pixel, size, grid) @ _as_float32(points), dtype=np.float32)
+
+
+def pooling_operator(pixel: NDArray[np.integer], size: int, grid: int) -> Any:
+    """Scattering and pooling as a SciPy CSC matrix float64 (grid * grid, n): patch rows = matrix @ point features.
+
+    pixel (n,) flat indices size * y + x without repeats; empty pixels take part as zeros.
+    """
+    return _patch_operator(size, grid)[:, np.asarray(pixel)]
 
 
 @lru_cache(maxsize=8)

@@ -141,7 +141,9 @@ def _devices() -> list[Check]:
         Check("cuda", torch.cuda.get_device_name() if cuda else "no CUDA device: everything runs on the CPU", True)
     ]
     try:
-        import faiss
+        from mmad_cli.memory.search import import_faiss
+
+        faiss = import_faiss()
     except (ImportError, OSError):
         return checks
     gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0

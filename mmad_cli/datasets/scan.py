@@ -31,7 +31,7 @@ _UNREADABLE = (OSError, ValueError, IndexError, KeyError, TypeError, SyntaxError
 _COPY_AGAIN = "copy or download the file again"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Unusable(Exception):  # noqa: N818 - carries a finding, never leaves this room
     """A file that cannot be used."""
 
@@ -125,8 +125,9 @@ def _check_complete(path: Path, page: tifffile.TiffPage) -> None:
 def _check_points(path: Path, xyz: FloatArray) -> None:
     from mmad_cli.preprocessing.resize import valid_pixels
 
-    # one value that is not finite makes the sum so; only then look at each, since a sum may also overflow
-    if not np.isfinite(xyz.sum()) and (count := int((~np.isfinite(xyz)).any(axis=-1).sum())):
+    finite = np.isfinite(xyz)
+    if not finite.all():
+        count = int((~finite).any(axis=-1).sum())
         raise Unusable(
             path, f"{count} pixels have NaN or infinite coordinates", "mark missing points as (0, 0, 0) and save again"
         )

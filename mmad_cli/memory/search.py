@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,17 +20,16 @@ _QUERY_TILE = 4096
 _TILE_ELEMENTS = 1 << 24
 # Rounding in the products may swap close neighbours; these many more are looked at again by differences.
 _EXTRA = 4
+_CORE_TYPE = "OPENBLAS_CORETYPE"
 
 
 class FlatIndex:
     """Exact Euclidean search over bank rows (M, C).
 
-    The neighbours are found by matrix products: with FAISS (IndexFlatL2) when `device` is cuda and FAISS sees a GPU,
-    with PyTorch in tiles elsewhere. Their distances are then evaluated again by differences, so that an exact hit has
-    distance exactly 0. Both sides are centred first, which keeps the cancellation in the products small.
-
-    `backend` "faiss" or "torch" forces one. "auto" takes PyTorch on the CPU, because the OpenBLAS inside the FAISS
-    wheels does not know many CPUs and is then several times slower.
+    The neighbours are found by matrix products: with FAISS (IndexFlatL2) on the CPU and on a GPU that FAISS sees,
+    with PyTorch in tiles on a GPU that it does not. Their distances are then evaluated again by differences, so that
+    an exact hit has distance exactly 0. Both sides are centred first, which keeps the cancellation in the products
+    small. `backend` "faiss" or "torch" forces one.
 
     Raises ValueError for rows that are not 2-D, empty or not finite, and for an unknown backend.
     """
@@ -83,13 +86,42 @@ class FlatIndex:
         return np.take_along_axis(distances, order, 1), np.take_along_axis(found, order, 1)
 
 
-class _FaissSearcher:
-    def __init__(self, rows: FloatArray, shift: FloatArray, on_gpu: bool) -> None:
-        import faiss
+def import_faiss() -> Any:
+    """The faiss module, with its matrix products told which processor this is.
 
+    The wheels bring an OpenBLAS that takes processors newer than itself for very old ones and is then five times
+    slower; naming the kind while the library loads avoids that. A value that the user has set is left alone.
+    """
+    kind = _processor_kind()
+    if "faiss" in sys.modules or kind is None or _CORE_TYPE in os.environ:
+        return importlib.import_module("faiss")
+    os.environ[_CORE_TYPE] = kind
+    try:
+        return importlib.import_module("faiss")
+    finally:
+        # numpy and scipy have newer copies that know better
+        del os.environ[_CORE_TYPE]
+
+
+def _processor_kind() -> str | None:
+    """OpenBLAS' name for an x86-64 processor with AVX-512 or AVX2; None for others."""
+    try:
+        flags = set(next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "flags" in line).split())
+    except (OSError, StopIteration):
+        return None
+    if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
+        return "SKYLAKEX"
+    return "HASWELL" if {"avx2", "fma"} <= flags else None
+
+
+class _FaissSearcher:
+    def __init__(self, rows: FloatArray, shift: FloatArray, gpu: int | None) -> None:
+        faiss = import_faiss()
         index: Any = faiss.IndexFlatL2(rows.shape[1])
-        if on_gpu:
-            index = faiss.GpuIndexFlatL2(faiss.StandardGpuResources(), rows.shape[1], faiss.GpuIndexFlatConfig())
+        if gpu is not None:
+            config = faiss.GpuIndexFlatConfig()
+            config.device = gpu
+            index = faiss.GpuIndexFlatL2(faiss.StandardGpuResources(), rows.shape[1], config)
         step = max(1, _TILE_ELEMENTS // rows.shape[1])
         for i in range(0, len(rows), step):
             index.add(rows[i : i + step] - shift)
@@ -140,11 +172,11 @@ class _TorchSearcher:
 def _make_searcher(rows: FloatArray, shift: FloatArray, device: str, backend: str) -> _FaissSearcher | _TorchSearcher:
     if backend not in ("auto", "faiss", "torch"):
         raise ValueError(f"backend: must be 'auto', 'faiss' or 'torch', got {backend!r}")
-    if backend == "torch" or (backend == "auto" and not device.startswith("cuda")):
+    if backend == "torch":
         return _TorchSearcher(rows, shift, device)
-    import faiss
-
-    gpus = getattr(faiss, "get_num_gpus", lambda: 0)() if device.startswith("cuda") else 0
-    if backend == "faiss" or gpus:
-        return _FaissSearcher(rows, shift, on_gpu=gpus > 0)
+    on_gpu = device.startswith("cuda")
+    gpus = getattr(import_faiss(), "get_num_gpus", lambda: 0)() if on_gpu else 0
+    if backend == "faiss" or gpus or not on_gpu:
+        number = device.partition(":")[2]
+        return _FaissSearcher(rows, shift, int(number or 0) if gpus else None)
     return _TorchSearcher(rows, shift, device)

@@ -89,8 +89,7 @@ def _check(sample: Sample) -> None:
         raise ValueError(f"rgb: should be {(*size, 3)} as the cloud, got {sample.rgb.shape}")
     if sample.mask.shape != size:
         raise ValueError(f"mask: should be {size} as the cloud, got {sample.mask.shape}")
-    # one value that is not finite makes the sum so; only then look at each, since a sum may also overflow
-    if not np.isfinite(sample.xyz.sum()) and not np.isfinite(sample.xyz).all():
+    if not np.isfinite(sample.xyz).all():
         raise ValueError("xyz: should be finite with missing points (0, 0, 0), got NaN or infinity")
 
 
@@ -153,7 +152,7 @@ def _info(
         **sample.info,
         "plane": None if plane is None else [float(value) for value in plane],
         "plane_reason": cleaning.plane_reason if cleaning else "protocol none",
-        "removed_plane_pixels": int(sample.xyz[cleaning.near_plane].any(axis=-1).sum()) if cleaning else 0,
+        "removed_plane_pixels": _count_points(sample.xyz, cleaning.near_plane) if cleaning else 0,
         "removed_debris_pixels": int(cleaning.debris.sum()) if cleaning else 0,
         "pad": [pad[0][0], pad[1][0]],
         "image_pad": [image_pad[0][0], image_pad[1][0]],
@@ -161,3 +160,9 @@ def _info(
         "valid_before": before,
         "valid_after": before if clean is None else int(valid_pixels(clean.xyz).sum()),
     }
+
+
+def _count_points(xyz: FloatArray, where: BoolArray) -> int:
+    """Pixels of `where` that are not (0, 0, 0)."""
+    x, y, z = xyz[..., 0], xyz[..., 1], xyz[..., 2]
+    return int((where & ((x != 0) | (y != 0) | (z != 0))).sum())

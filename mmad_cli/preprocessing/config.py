@@ -24,8 +24,8 @@ class PreprocessConfig(BaseModel):
     leaves everything as it is on disk.
     rgb_background: `zero` blackens the image wherever a point was removed (default of m3dm), `keep` does not (its
     release before 2023-09-08, and always with cfm and none).
-    debris: `components` keeps the largest connected component of a voxel grid, `dbscan` the largest cluster as the
-    published codes do (hundreds of times slower, and noise may win the vote), `none` keeps everything.
+    debris: `components` keeps the largest cluster of DBSCAN, found on a grid; `dbscan` does the same with Open3D as the
+    published codes do, which takes a hundred times longer; `none` keeps everything.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

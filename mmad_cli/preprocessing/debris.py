@@ -114,7 +114,9 @@ def _core_points(
     open_points = np.flatnonzero(~core)
     if len(open_points) == 0:
         return core, {}
-    lists = cKDTree(points).query_ball_point(points[open_points], eps)
+    # few questions: a tree that is quick to build
+    tree = cKDTree(points, leafsize=64, compact_nodes=False, balanced_tree=False)
+    lists = tree.query_ball_point(points[open_points], eps)
     core[open_points] = [len(near) >= min_points for near in lists]
     return core, dict(zip(open_points.tolist(), lists, strict=True))
 

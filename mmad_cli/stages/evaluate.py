@@ -45,9 +45,8 @@ from mmad_cli.store.keys import canonical_json, digest_bytes
 if TYPE_CHECKING:
     from mmad_cli.backbones.weights import WeightsRecord
     from mmad_cli.datasets.base import Dataset
-    from mmad_cli.preprocessing.config import PreprocessConfig
-
     from mmad_cli.methods.base import Prediction
+    from mmad_cli.preprocessing.config import PreprocessConfig
 
 RUNS = "runs"
 MAPS = "maps.safetensors"
@@ -110,8 +109,9 @@ def prepare(session: Session, request: EvaluateRequest) -> Prepared:
 
 def preprocess_config(protocol: str, settings: Mapping[str, Any]) -> PreprocessConfig:
     """Parameters of a protocol with single fields set by the user."""
-    from mmad_cli.preprocessing.config import PreprocessConfig
     from pydantic import ValidationError
+
+    from mmad_cli.preprocessing.config import PreprocessConfig
 
     try:
         return PreprocessConfig.model_validate({"protocol": protocol, **settings})
@@ -272,10 +272,9 @@ def _metrics(
 ) -> tuple[dict[str, float | None], dict[str, str]]:
     import numpy as np
 
-    from mmad_cli.stages.masks import map_at_size
     from mmad_cli.metrics import all_metrics
     from mmad_cli.stages.clean import load_clean
-    from mmad_cli.stages.masks import mask_in_view
+    from mmad_cli.stages.masks import map_at_size, mask_in_view
 
     view = prepared.run.build("cpu").view
     masks, maps = [], []

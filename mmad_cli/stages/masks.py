@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmad_cli.preprocessing.resize import centre_crop_view, to_network_size
-
 import numpy as np
 
 from mmad_cli.methods.anomaly_map import bilinear_matrix
+from mmad_cli.preprocessing.resize import centre_crop_view, to_network_size
 from mmad_cli.types import BoolArray, FloatArray, Sample
 
 if TYPE_CHECKING:

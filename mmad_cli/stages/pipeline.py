@@ -26,10 +26,9 @@ from mmad_cli.store import RawIndex
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mmad_cli.backbones.specs import FeatureSpec
     from mmad_cli.datasets.base import Dataset
     from mmad_cli.preprocessing.config import PreprocessConfig
-
-    from mmad_cli.backbones.specs import FeatureSpec
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,6 @@ def extract(
 ) -> list[CategoryOutcome]:
     """Features of a dataset into the store; scans are cleaned first where that is missing."""
     from mmad_cli.backbones.weights import resolve
-
     from mmad_cli.datasets import open_dataset
 
     selection = selection or Selection()

@@ -22,11 +22,10 @@ from mmad_cli.store.keys import canonical_json, digest_bytes
 from mmad_cli.types import SampleRef
 
 if TYPE_CHECKING:
-    from mmad_cli.datasets.base import Dataset
-    from mmad_cli.preprocessing.config import PreprocessConfig
-
     from mmad_cli.backbones.specs import FeatureSpec
+    from mmad_cli.datasets.base import Dataset
     from mmad_cli.methods.base import Method, MethodConfig, MethodDefinition
+    from mmad_cli.preprocessing.config import PreprocessConfig
 
 FIT = "fit"
 PREDICT = "predict"

@@ -1,0 +1,181 @@
+"""Groups of points: farthest point sampling of centres, and the nearest neighbours of each centre.
+
+Both follow the rules of the CUDA operators that the published codes call (pointnet2_ops, KNN_CUDA), so the same
+points are chosen; distances are direct differences in float32 and ties go to the smallest index.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmad_cli.types import FloatArray, IndexArray
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger(__name__)
+
+# squared norm in square metres up to which farthest point sampling takes a point for padding
+ORIGIN_RADIUS_SQUARED = 1e-3
+
+_START_DISTANCE = 1e10
+# neighbours asked for beyond the wanted ones, so that rounding to float32 cannot push one out
+_SPARE = 16
+# the relative error of a squared distance in float32 is below 3e-7
+_ROUNDING = 1e-6
+_TILE_BYTES = 64 << 20
+
+
+def farthest_points(
+    points: NDArray[np.floating[Any]], count: int, skip_origin: bool = True, device: str = "cpu"
+) -> IndexArray:
+    """Indices int64 (count,) of farthest point sampling in order of choice; the first is point 0.
+
+    Each next point has the largest squared distance to those chosen so far; of equal ones the smallest index.
+    points: (N, 3) in metres, N >= 1. skip_origin: points with x^2 + y^2 + z^2 <= 1e-3 are never chosen after the
+    first, as in the CUDA operator, for which they are padding. When no distinct point is left, indices repeat.
+    Raises ValueError for a wrong shape or count. Source: Qi et al., PointNet++ (arXiv 1706.02413), section 3.2;
+    M3DM (arXiv 2303.00601) samples 1024 centres.
+    """
+    cloud = _as_points(points, "points")
+    if count < 1:
+        raise ValueError(f"count: should be at least 1, got {count}")
+    if len(cloud) < count:
+        _log.warning("%d centres of %d points: some repeat", count, len(cloud))
+    if device != "cpu":
+        return _farthest_points_torch(cloud, count, skip_origin, device)
+    return _farthest_points_numpy(cloud, count, skip_origin)
+
+
+def _farthest_points_numpy(cloud: FloatArray, count: int, skip_origin: bool) -> IndexArray:
+    axes = np.ascontiguousarray(cloud.T)
+    distance = _start_distances(axes, skip_origin)
+    difference = np.empty_like(axes)
+    chosen = np.zeros(count, dtype=np.int64)
+    for step in range(1, count):
+        np.subtract(axes, axes[:, chosen[step - 1], None], out=difference)
+        np.multiply(difference, difference, out=difference)
+        # left to right, as the operator adds them: another order rounds differently
+        np.add(difference[0], difference[1], out=difference[0])
+        np.add(difference[0], difference[2], out=difference[0])
+        np.minimum(distance, difference[0], out=distance)
+        chosen[step] = distance.argmax()
+    return chosen
+
+
+def _farthest_points_torch(cloud: FloatArray, count: int, skip_origin: bool, device: str) -> IndexArray:
+    """The same on a GPU; the index of the last choice never leaves it, so nothing waits for the host."""
+    import torch
+
+    with torch.inference_mode():
+        transposed = np.ascontiguousarray(cloud.T)
+        axes = torch.from_numpy(transposed).to(device)
+        distance = torch.from_numpy(_start_distances(transposed, skip_origin)).to(device)
+        chosen = torch.zeros(count, dtype=torch.int64, device=device)
+        for step in range(1, count):
+            square = (axes - axes.index_select(1, chosen[step - 1 : step])).square_()
+            torch.minimum(distance, square[0].add_(square[1]).add_(square[2]), out=distance)
+            torch.argmax(distance, out=chosen[step])
+        return np.asarray(chosen.cpu().numpy())
+
+
+def _start_distances(axes: FloatArray, skip_origin: bool) -> FloatArray:
+    distance = np.full(axes.shape[1], _START_DISTANCE, dtype=np.float32)
+    if skip_origin:
+        squared_norm = axes[0] * axes[0] + axes[1] * axes[1] + axes[2] * axes[2]
+        # compared in float64, since the bound has no exact float32 value; below zero they can never be the farthest
+        distance[squared_norm.astype(np.float64) <= ORIGIN_RADIUS_SQUARED] = -1
+    return distance
+
+
+def group_neighbours(
+    points: NDArray[np.floating[Any]],
+    centres: NDArray[np.floating[Any]],
+    count: int = 128,
+    device: str = "cpu",
+    workers: int = 1,
+) -> IndexArray:
+    """Indices int64 (G, count) of the nearest points of each centre, ascending; ties to the smaller index.
+
+    points (N, 3), centres (G, 3) in metres; workers: threads of the search on a CPU. Exact: ranked by squared
+    differences in float32 as the published operator does. Raises ValueError for wrong shapes and when there are fewer points than `count`.
+    """
+    cloud, middle = _as_points(points, "points"), _as_points(centres, "centres")
+    if not 1 <= count <= len(cloud):
+        raise ValueError(f"points: should be at least as many as the group size of {count}, got {len(cloud)}")
+    if device != "cpu":
+        return _neighbours_torch(cloud, middle, count, device)
+    return _neighbours_tree(cloud, middle, count, workers)
+
+
+def _neighbours_tree(cloud: FloatArray, centres: FloatArray, count: int, workers: int) -> IndexArray:
+    from scipy.spatial import cKDTree
+
+    asked = min(count + _SPARE, len(cloud))
+    tree = cKDTree(cloud, balanced_tree=False, compact_nodes=False)
+    reached, candidates = tree.query(centres, k=np.arange(1, asked + 1), workers=workers)
+    keys = _ranking_keys(_squared_differences(cloud[candidates], centres[:, None]), candidates)
+    keys.sort(axis=1)
+    result = _index_of(keys[:, :count])
+    if asked < len(cloud):
+        # the tree ranks in float64: a row is settled when what lies beyond its candidates is farther in float32 too
+        limit = _distance_of(keys[:, count - 1]).astype(np.float64) * (1 + _ROUNDING)
+        for row in np.flatnonzero(reached[:, -1] ** 2 <= limit):
+            every = np.arange(len(cloud))
+            all_keys = _ranking_keys(_squared_differences(cloud, centres[row]), every)
+            result[row] = _index_of(np.sort(np.partition(all_keys, count - 1)[:count]))
+    return result
+
+
+def _neighbours_torch(cloud: FloatArray, centres: FloatArray, count: int, device: str) -> IndexArray:
+    """The same on a GPU, in tiles of centres against all points."""
+    import torch
+
+    with torch.inference_mode():
+        points = torch.from_numpy(cloud).to(device)
+        index = torch.arange(len(cloud), device=device)
+        tile = max(1, _TILE_BYTES // (8 * len(cloud)))
+        tiles = torch.from_numpy(centres).to(device).split(tile)
+        found = torch.cat([_nearest_on_device(points, index, middle, count) for middle in tiles])
+        return np.asarray(found.cpu().numpy())
+
+
+def _nearest_on_device(points: torch.Tensor, index: torch.Tensor, centres: torch.Tensor, count: int) -> torch.Tensor:
+    import torch
+
+    distance = (points[None, :, 0] - centres[:, None, 0]).square_()
+    for axis in (1, 2):
+        distance += (points[None, :, axis] - centres[:, None, axis]).square_()
+    # bits of a float32 that is not negative rank as the number does; the index below them settles ties
+    keys = (distance.view(torch.int32).to(torch.int64) << 32) | index
+    return keys.topk(count, dim=1, largest=False, sorted=True).values & 0xFFFFFFFF
+
+
+def _squared_differences(a: FloatArray, b: FloatArray) -> FloatArray:
+    """Squared distances over the last axis in float32, added left to right."""
+    difference = a - b
+    np.multiply(difference, difference, out=difference)
+    return np.asarray(difference[..., 0] + difference[..., 1] + difference[..., 2])
+
+
+def _ranking_keys(squared: FloatArray, index: NDArray[np.integer[Any]]) -> IndexArray:
+    """Integers that rank by distance, then by index: the bits of a float32 >= 0 rank as the number does."""
+    return np.asarray((squared.view(np.int32).astype(np.int64) << 32) | index)
+
+
+def _index_of(keys: IndexArray) -> IndexArray:
+    return np.asarray(keys & 0xFFFFFFFF)
+
+
+def _distance_of(keys: IndexArray) -> FloatArray:
+    return (keys >> 32).astype(np.int32).view(np.float32)
+
+
+def _as_points(array: NDArray[np.floating[Any]], name: str) -> FloatArray:
+    if array.ndim != 2 or array.shape[1] != 3 or not len(array):
+        raise ValueError(f"{name}: should be of shape (n, 3) with n >= 1, got {array.shape}")
+    return np.ascontiguousarray(array, dtype=np.float32)

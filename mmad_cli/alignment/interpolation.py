@@ -1,0 +1,159 @@
+"""From point groups to points, pixels and patches: point feature alignment of M3DM (arXiv 2303.00601, section 3).
+
+Interpolation to points, scattering onto the pixel grid, averaging and pooling are all linear in the group features.
+Their product is one small sparse matrix that depends on geometry only, so features of a patch grid come from one
+product (grid * grid, groups) x (groups, C) and no per-pixel feature ever exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmad_cli.alignment.pooling import pooling_operator
+from mmad_cli.types import FloatArray, IndexArray
+
+DistanceForm = Literal["direct", "expanded"]
+
+EPSILON = 1e-8
+NEIGHBOURS = 3
+# centres examined per point, in turn, until rounding cannot have hidden a nearer one; the last turn takes all
+_CANDIDATES = (4, 16)
+# float32 expansion: the error of a squared distance is below this times |a|^2 + |b|^2
+_EXPANSION_ERROR = 1e-6
+
+
+def nearest_centres(
+    points: NDArray[np.floating[Any]],
+    centres: NDArray[np.floating[Any]],
+    form: DistanceForm = "direct",
+    workers: int = 1,
+) -> tuple[IndexArray, NDArray[np.float64]]:
+    """The three nearest centres of each point and their inverse-distance weights.
+
+    points (P, 3), centres (G, 3) in metres, G >= 3; workers: threads of the search. Returns indices int64 (P, 3),
+    ascending by distance, and weights float64 (P, 3) that sum to 1: 1 / (d + 1e-8) with d the *squared* distance.
+
+    form: `direct` differences in float64. `expanded` is the published float32 formula |a|^2 + |b|^2 - 2ab, whose
+    cancellation (1e-8 to 1e-7 for coordinates near 0.5) exceeds the 1e-8 close to a centre: weights are wild there
+    and can be negative, and the third centre may be another one. Where it gives no finite weights, `direct` stands in.
+
+    Raises ValueError for wrong shapes, fewer than three centres, or another form. Source: PointNet++ (arXiv
+    1706.02413), equation 2, with p = 2 and k = 3; M3DM.
+    """
+    if form not in ("direct", "expanded"):
+        raise ValueError(f"form: should be 'direct' or 'expanded', got {form!r}")
+    cloud, middle = _as_points(points, "points"), _as_points(centres, "centres")
+    if len(middle) < NEIGHBOURS:
+        raise ValueError(f"centres: should be at least {NEIGHBOURS}, got {len(middle)}")
+    if form == "direct":
+        nearest = _tree_search(cloud, middle, NEIGHBOURS, workers)
+        return nearest, inverse_distance_weights(_direct(cloud, middle, nearest))
+    indices, squared = _nearest_expanded(cloud, middle, workers)
+    weights = inverse_distance_weights(squared)
+    broken = np.flatnonzero(~np.isfinite(weights).all(axis=1))
+    if len(broken):
+        indices[broken], weights[broken] = nearest_centres(cloud[broken], middle, "direct")
+    return indices, weights
+
+
+def inverse_distance_weights(squared: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Weights float64 (P, k) that sum to 1 per row: 1 / (d + 1e-8) of squared distances (P, k), in their precision."""
+    # as the published code does: in the distances' own precision, where 1e-8 is rounded too
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        inverse = 1 / (squared + squared.dtype.type(EPSILON))
+        return np.asarray(inverse / inverse.sum(axis=1, keepdims=True), dtype=np.float64)
+
+
+def idw_operator(indices: NDArray[np.integer[Any]], weights: NDArray[np.floating[Any]], n_centres: int) -> Any:
+    """Interpolation as a SciPy CSR matrix (P, n_centres): one row per point, `weights` (P, k) at `indices` (P, k).
+
+    A centre may stand twice in a row: its weights add up. Raises ValueError when shapes or indices do not fit.
+    """
+    from scipy.sparse import csr_matrix
+
+    _check_neighbours(indices, weights, n_centres)
+    rows, count = indices.shape
+    offsets = np.arange(0, rows * count + 1, count, dtype=np.int32)
+    parts = (weights.astype(np.float64).ravel(), indices.astype(np.int32).ravel(), offsets)
+    return csr_matrix(parts, shape=(rows, n_centres))
+
+
+def pooled_operator(
+    indices: NDArray[np.integer[Any]],
+    weights: NDArray[np.floating[Any]],
+    pixel: NDArray[np.integer[Any]],
+    n_centres: int,
+    grid: int = 56,
+    size: int = 224,
+) -> Any:
+    """Group features to patch features: a SciPy CSR matrix A float32 (grid * grid, n_centres), patches = A @ tokens.
+
+    Interpolation to the points by `weights` (P, 3) at `indices` (P, 3), scattering to `pixel` (P,) = size * y + x
+    (empty pixels are zeros and take part), an unpadded 3 x 3 average, adaptive averaging to `grid`. Row grid * y + x
+    belongs to patch (y, x); a patch without points under it has an empty row, so its feature is exactly zero.
+    Raises ValueError when the parts do not fit. Source: M3DM (arXiv 2303.00601), point feature alignment.
+    """
+    operator = idw_operator(indices, weights, n_centres)
+    if pixel.shape != (len(indices),):
+        raise ValueError(f"pixel: should be of shape ({len(indices)},), one per row of indices, got {pixel.shape}")
+    return (pooling_operator(pixel, size, grid) @ operator).astype(np.float32)
+
+
+def _tree_search(cloud: FloatArray, centres: FloatArray, count: int, workers: int) -> IndexArray:
+    from scipy.spatial import cKDTree
+
+    return np.asarray(cKDTree(centres).query(cloud, k=count, workers=workers)[1], dtype=np.int64)
+
+
+def _nearest_expanded(cloud: FloatArray, centres: FloatArray, workers: int) -> tuple[IndexArray, FloatArray]:
+    """Indices and squared distances (P, 3) of the centres whose rounded distances are smallest."""
+    indices = np.empty((len(cloud), NEIGHBOURS), dtype=np.int64)
+    squared = np.empty((len(cloud), NEIGHBOURS), dtype=np.float32)
+    scale = float((centres.astype(np.float64) ** 2).sum(axis=1).max())
+    open_rows = np.arange(len(cloud))
+    for count in (*(count for count in _CANDIDATES if count < len(centres)), len(centres)):
+        points = cloud[open_rows]
+        candidates = _tree_search(points, centres, count, workers)
+        indices[open_rows], squared[open_rows] = _smallest(candidates, _expanded(points, centres, candidates))
+        # a centre beyond the candidates is at least as far as the last of them, less the error
+        reached = _direct(points, centres, candidates[:, -1:])[:, 0]
+        error = _EXPANSION_ERROR * (scale + (points.astype(np.float64) ** 2).sum(axis=1))
+        open_rows = open_rows[reached - error <= squared[open_rows, -1]]
+        if not len(open_rows):
+            break
+    return indices, squared
+
+
+def _direct(cloud: FloatArray, centres: FloatArray, indices: IndexArray) -> NDArray[np.float64]:
+    difference = cloud.astype(np.float64)[:, None] - centres.astype(np.float64)[indices]
+    return np.asarray(np.einsum("pka,pka->pk", difference, difference))
+
+
+def _expanded(cloud: FloatArray, centres: FloatArray, indices: IndexArray) -> FloatArray:
+    """Squared distances float32 (P, k) in the published order of operations: -2ab, + |a|^2, + |b|^2."""
+    a, b = cloud.T[:, :, None], centres.T[:, indices]
+    product = a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+    norms = centres[:, 0] ** 2 + centres[:, 1] ** 2 + centres[:, 2] ** 2
+    own = cloud[:, 0] ** 2 + cloud[:, 1] ** 2 + cloud[:, 2] ** 2
+    return np.asarray(np.float32(-2) * product + own[:, None] + norms[indices])
+
+
+def _smallest(candidates: IndexArray, distances: FloatArray) -> tuple[IndexArray, FloatArray]:
+    order = np.argsort(distances, axis=1, kind="stable")[:, :NEIGHBOURS]
+    return np.take_along_axis(candidates, order, axis=1), np.take_along_axis(distances, order, axis=1)
+
+
+def _as_points(array: NDArray[np.floating[Any]], name: str) -> FloatArray:
+    if array.ndim != 2 or array.shape[1] != 3:
+        raise ValueError(f"{name}: should be of shape (n, 3), got {array.shape}")
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _check_neighbours(indices: NDArray[np.integer[Any]], weights: NDArray[np.floating[Any]], n_centres: int) -> None:
+    if indices.ndim != 2 or indices.shape != weights.shape:
+        raise ValueError(f"weights: should have the shape (P, k) of indices, {indices.shape}, got {weights.shape}")
+    if indices.size and not (int(indices.min()) >= 0 and int(indices.max()) < n_centres):
+        raise ValueError(f"indices: should lie in 0..{n_centres - 1}, got {indices.min()}..{indices.max()}")
