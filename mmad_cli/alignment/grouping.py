@@ -102,7 +102,8 @@ def group_neighbours(
     """Indices int64 (G, count) of the nearest points of each centre, ascending; ties to the smaller index.
 
     points (N, 3), centres (G, 3) in metres; workers: threads of the search on a CPU. Exact: ranked by squared
-    differences in float32 as the published operator does. Raises ValueError for wrong shapes and when there are fewer points than `count`.
+    differences in float32 as the published operator does. Raises ValueError for wrong shapes and when there are
+    fewer points than `count`.
     """
     cloud, middle = _as_points(points, "points"), _as_points(centres, "centres")
     if not 1 <= count <= len(cloud):
@@ -139,7 +140,7 @@ def _neighbours_torch(cloud: FloatArray, centres: FloatArray, count: int, device
         points = torch.from_numpy(cloud).to(device)
         index = torch.arange(len(cloud), device=device)
         tile = max(1, _TILE_BYTES // (8 * len(cloud)))
-        tiles = torch.from_numpy(centres).to(device).split(tile)
+        tiles = torch.split(torch.from_numpy(centres).to(device), tile)
         found = torch.cat([_nearest_on_device(points, index, middle, count) for middle in tiles])
         return np.asarray(found.cpu().numpy())
 

@@ -20,9 +20,9 @@ DistanceForm = Literal["direct", "expanded"]
 EPSILON = 1e-8
 NEIGHBOURS = 3
 # centres examined per point, in turn, until rounding cannot have hidden a nearer one; the last turn takes all
-_CANDIDATES = (4, 16)
-# float32 expansion: the error of a squared distance is below this times |a|^2 + |b|^2
-_EXPANSION_ERROR = 1e-6
+_CANDIDATES = (4, 8, 32)
+# eight roundings to float32, each relative to at most |a|^2 + |b|^2
+_EXPANSION_ERROR = 5e-7
 
 
 def nearest_centres(
