@@ -133,12 +133,20 @@ def _direct(cloud: FloatArray, centres: FloatArray, indices: IndexArray) -> NDAr
 
 
 def _expanded(cloud: FloatArray, centres: FloatArray, indices: IndexArray) -> FloatArray:
-    """Squared distances float32 (P, k) in the published order of operations: -2ab, + |a|^2, + |b|^2."""
-    a, b = cloud.T[:, :, None], centres.T[:, indices]
-    product = a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
-    norms = centres[:, 0] ** 2 + centres[:, 1] ** 2 + centres[:, 2] ** 2
-    own = cloud[:, 0] ** 2 + cloud[:, 1] ** 2 + cloud[:, 2] ** 2
-    return np.asarray(np.float32(-2) * product + own[:, None] + norms[indices])
+    """Squared distances float32 (P, k) in the published order of operations: -2ab, + |a|^2, + |b|^2.
+
+    Near a centre the rounding is all that is left, so a.b is accumulated as matrix products do, by fused
+    multiply-add: a product of two float32 is exact in float64, and only the sum is rounded.
+    """
+    a, b = cloud.T.astype(np.float64)[:, :, None], centres.T.astype(np.float64)[:, indices]
+    product = (a[0] * b[0]).astype(np.float32)
+    for axis in (1, 2):
+        product = (a[axis] * b[axis] + product).astype(np.float32)
+    return np.asarray(np.float32(-2) * product + _squared_norms(cloud)[:, None] + _squared_norms(centres)[indices])
+
+
+def _squared_norms(points: FloatArray) -> FloatArray:
+    return np.asarray(points[:, 0] ** 2 + points[:, 1] ** 2 + points[:, 2] ** 2)
 
 
 def _smallest(candidates: IndexArray, distances: FloatArray) -> tuple[IndexArray, FloatArray]:

@@ -24,6 +24,10 @@ def create(spec: FeatureSpec, device: str = "cpu") -> Backbone:
         from mmad_cli.backbones.depth import DepthBackbone
 
         return DepthBackbone(spec)
+    if spec.backbone in ("point_mae", "point_bert"):
+        from mmad_cli.backbones.point_backbone import PointBackbone
+
+        return PointBackbone(spec, device=device)
     from mmad_cli.backbones.timm_backbone import TimmBackbone
 
     return TimmBackbone(spec, device=device)

@@ -93,15 +93,15 @@ def fit_timm(name: str, tensors: Tensors, path: Path) -> FittedTensors:
     Accepted: every tensor of the network (a classifier may be there or not), or exactly what the first feature
     outputs need. Anything else raises WeightsError that names the missing, unexpected and mis-shaped tensors.
     """
-    expected = _shapes(_meta_model(name))
+    expected = module_shapes(_meta_model(name))
     extras = _leftovers(name, tensors.keys() - expected.keys())
-    problems = _differences(expected, {k: v for k, v in tensors.items() if k not in extras})
+    problems = differences(expected, {k: v for k, v in tensors.items() if k not in extras})
     if not any(problems.values()):
         return FittedTensors(tensors, None)
     outputs = _outputs_held(name, tensors)
     if outputs is not None:
         return FittedTensors(tensors, outputs)
-    raise WeightsError(f"{path}: does not fit {name}: " + _describe(problems))
+    raise WeightsError(f"{path}: does not fit {name}: " + describe(problems))
 
 
 def build_with(make: Callable[[], torch.nn.Module], tensors: Mapping[str, torch.Tensor], where: str) -> torch.nn.Module:
@@ -130,9 +130,9 @@ def _matched(network: torch.nn.Module, tensors: Mapping[str, torch.Tensor], wher
     state = network.state_dict()
     by_name = {alias: tensor for key, tensor in tensors.items() for alias in _aliases(key)}
     found = {key: by_name[key] for key in state if key in by_name}
-    problems = _differences(_shapes(network), found)
+    problems = differences(module_shapes(network), found)
     if any(problems.values()):
-        raise WeightsError(f"{where}: " + _describe(problems))
+        raise WeightsError(f"{where}: " + describe(problems))
     counters = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in state.items() if k not in found}
     return {**counters, **{key: value.to(state[key].dtype) for key, value in found.items()}}
 
@@ -223,7 +223,7 @@ def _meta_model(name: str, **options: Any) -> torch.nn.Module:
     return model
 
 
-def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+def module_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
@@ -235,7 +235,7 @@ def _leftovers(name: str, keys: Iterable[str]) -> set[str]:
     return {key for key in keys if key in _TRAINING_ONLY or (prefixes and key.startswith(prefixes))}
 
 
-def _differences(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Any]) -> dict[str, list[str]]:
+def differences(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Any]) -> dict[str, list[str]]:
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     return {
         "missing": [k for k in expected if k not in shapes and not k.endswith(_COUNTER)],
@@ -248,7 +248,7 @@ def _differences(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, 
     }
 
 
-def _describe(problems: Mapping[str, list[str]]) -> str:
+def describe(problems: Mapping[str, list[str]]) -> str:
     return "; ".join(f"{len(names)} {kind}: {_listing(names)}" for kind, names in problems.items() if names)
 
 
@@ -272,7 +272,7 @@ def _outputs_held(name: str, tensors: Tensors) -> int | None:
     try:
         count = len(_meta_model(name, features_only=True).feature_info)  # type: ignore[arg-type]
         for last in range(count):
-            shapes = _shapes(_meta_model(name, features_only=True, out_indices=(last,)))
+            shapes = module_shapes(_meta_model(name, features_only=True, out_indices=(last,)))
             needed = {k: s for k, s in shapes.items() if not k.endswith(_COUNTER)}
             if all(held.get(k) == s for k, s in needed.items()) and len(needed) == len(names):
                 return last

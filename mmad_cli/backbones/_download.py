@@ -1,10 +1,12 @@
-"""Download one file: resumable, to a partial file beside its destination, with errors that say what happened."""
+"""Download one file through pooch: resumable, checked before it gets its name, with errors that say what happened."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,31 +20,78 @@ CHUNK = 1 << 16
 ATTEMPTS = 3
 TIMEOUT = (10.0, 60.0)
 _REPORT_SECONDS = 0.2
+_SHA256_DIGITS = 64
 
 
 class DownloadError(Exception):
-    """A download that did not finish; the message is the cause in one line."""
+    """A download that gave no good file; the message is the address and the cause in one line."""
 
 
-def download(url: str, part: Path, progress: Progress | None = None, attempts: int = ATTEMPTS) -> str | None:
-    """Download `url` into the file `part`, going on where an earlier try stopped if the server allows it.
+def download(url: str, path: Path, part: Path, sha256: str | None = None, progress: Progress | None = None) -> str:
+    """Download `url` to `path`, which must not exist yet, and return the SHA-256 of the file.
 
-    Returns the SHA-256 that the server states for the file (Hugging Face does, in `X-Linked-Etag`), or None.
-    Raises DownloadError; what has arrived stays in `part` for the next try.
+    `sha256` is the digest the file must have or its first digits; with None, the digest that the server states is
+    used (Hugging Face does, in `X-Linked-Etag`), if it states one. What has arrived of an unfinished file stays in
+    `part`, in the same file system, for the next call. Raises DownloadError; then there is nothing at `path`.
     """
-    part.parent.mkdir(parents=True, exist_ok=True)
-    interrupted: _InterruptedDownloadError | None = None
-    for attempt in range(attempts):
-        time.sleep(0.5 * attempt)
-        try:
-            return _download_once(url, part, progress)
-        except _InterruptedDownloadError as error:
-            interrupted = error
-    raise DownloadError(str(interrupted)) from interrupted
+    import pooch
+
+    downloader = ResumingDownloader(part, progress)
+    # pooch compares whole digests; the first digits are left to us
+    known_hash = sha256 if sha256 is not None and len(sha256) == _SHA256_DIGITS else None
+    try:
+        with _quiet(pooch.get_logger()):
+            pooch.retrieve(url, known_hash, fname=path.name, path=path.parent, downloader=downloader)
+        digest: str = pooch.file_hash(str(path))
+    except (ValueError, OSError) as error:
+        raise DownloadError(f"{url}: {error}") from error
+    wanted = sha256 or downloader.stated_sha256
+    if wanted is not None and not digest.startswith(wanted):
+        path.unlink()
+        raise DownloadError(f"{url}: wrong SHA-256, expected {wanted}, got {digest}; deleted")
+    return digest
+
+
+class ResumingDownloader:
+    """A downloader for pooch that collects a file in `part` and goes on there after a break, now or in a later run.
+
+    `stated_sha256` is the digest that the server stated for the file, if it did.
+    """
+
+    def __init__(self, part: Path, progress: Progress | None = None) -> None:
+        self.part = part
+        self.progress = progress
+        self.stated_sha256: str | None = None
+
+    def __call__(self, url: str, output_file: str, pooch: object) -> None:
+        """Put the file at `url` in the place of `output_file`. Raises DownloadError."""
+        interrupted: _InterruptedDownloadError | None = None
+        for attempt in range(ATTEMPTS):
+            time.sleep(0.5 * attempt)
+            try:
+                self.stated_sha256 = _download_once(url, self.part, self.progress)
+            except _InterruptedDownloadError as error:
+                interrupted = error
+            else:
+                self.part.replace(output_file)
+                _origin_path(self.part).unlink(missing_ok=True)
+                return
+        raise DownloadError(str(interrupted)) from interrupted
 
 
 class _InterruptedDownloadError(Exception):
     """The connection ended early; trying again makes sense."""
+
+
+@contextlib.contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    """Without pooch's lines on where it puts files: the place is a passing one."""
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _download_once(url: str, part: Path, progress: Progress | None) -> str | None:
@@ -59,8 +108,8 @@ def _download_once(url: str, part: Path, progress: Progress | None) -> str | Non
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else "an error"
         raise DownloadError(f"{url}: the server answered {status}") from error
-    except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ReadTimeout) as error:
-        raise _InterruptedDownloadError(f"{url}: the connection ended early ({_size(part)} bytes arrived)") from error
+    except requests.ReadTimeout as error:
+        raise _InterruptedDownloadError(f"{url}: no answer within {TIMEOUT[1]:.0f} s") from error
     except requests.ConnectionError as error:
         raise DownloadError(f"{url}: no connection ({_cause(error)})") from error
     except (requests.RequestException, OSError) as error:
@@ -77,7 +126,7 @@ def _write(response: requests.Response, url: str, part: Path, progress: Progress
     _note_origin(url, part, response.headers)
     reported = 0.0
     with part.open("ab" if resumed else "wb") as file:
-        for chunk in response.iter_content(CHUNK):
+        for chunk in _chunks(response, url):
             file.write(chunk)
             done += len(chunk)
             if progress is not None and time.monotonic() - reported >= _REPORT_SECONDS:
@@ -89,10 +138,14 @@ def _write(response: requests.Response, url: str, part: Path, progress: Progress
         progress(done, total)
 
 
-def discard(part: Path) -> None:
-    """Delete a partial file and the note on where it came from."""
-    part.unlink(missing_ok=True)
-    _origin_path(part).unlink(missing_ok=True)
+def _chunks(response: requests.Response, url: str) -> Iterator[bytes]:
+    """What arrives; a connection that breaks off or stalls on the way is worth another try."""
+    import requests
+
+    try:
+        yield from response.iter_content(CHUNK)
+    except requests.RequestException as error:
+        raise _InterruptedDownloadError(f"{url}: the connection ended early ({_cause(error)})") from error
 
 
 def _origin_path(part: Path) -> Path:

@@ -25,6 +25,9 @@ class Backbone(Protocol):
     timm, `outputs` None     `tokens` float32 (P, C), row-major on `grid` int32 (2,) = (h, w)
     fpfh                     `points` float32 (n, 33) in raster order, `pixel` int32 (n,) = size * y + x
     depth                   `z` float32 (size, size)
+    point_mae, point_bert   `tokens` float32 (G, 1152) of the groups around `centres` float32 (G, 3);
+                            `pixel` int32 (n,) of each point, its `neighbours` int16 or int32 (n, 3) among the
+                            groups and their `weights` float32 (n, 3): see `mmad_cli.alignment.interpolation`
     """
 
     @property

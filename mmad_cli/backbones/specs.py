@@ -115,7 +115,68 @@ class DepthParams(_Params):
         return self.size * self.size * 4
 
 
-PARAMS: dict[str, type[_Params]] = {"depth": DepthParams, "fpfh": FpfhParams, "timm": TimmParams}
+class PointParams(_Params):
+    """Group tokens of a point transformer and what carries them to points, pixels and patches (M3DM, section 3).
+
+    `point_bn`: `batch` normalises with the statistics of the sample, as the published code does by staying in
+    training mode; `eval` with the stored ones. `point_droppath`: `on` draws stochastic depth as that mode does, seeded
+    by `droppath_seed` and the sample. `fps_skip_origin`: points within 3 cm of the sensor are no centres. `idw`:
+    interpolation distances as published (`expanded`, float32) or exact (`direct`). `precision` bfloat16 computes the
+    wide layers in bfloat16; features stay float32.
+    """
+
+    version: ClassVar[str] = "1"
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "scipy")
+    inputs: ClassVar[tuple[Input, ...]] = ("xyz",)
+    network: ClassVar[Literal["point_mae", "point_bert"]]
+
+    groups: int = Field(default=1024, ge=3)
+    group_size: int = Field(default=128, ge=1)
+    point_bn: Literal["batch", "eval"] = "batch"
+    point_droppath: Literal["off", "on"] = "off"
+    droppath_seed: int = Field(default=0, ge=0)
+    fps_skip_origin: bool = True
+    idw: Literal["expanded", "direct"] = "expanded"
+    size: int = Field(default=NETWORK_SIZE, ge=8)
+    xyz_resize: XyzResize = "floor"
+    precision: Precision = "float32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _seed_only_where_drawn(cls, data: Any) -> Any:
+        # nothing is drawn without stochastic depth, so a seed must not make two equal features differ
+        if isinstance(data, dict) and data.get("point_droppath", "off") == "off":
+            return {name: value for name, value in data.items() if name != "droppath_seed"}
+        return data
+
+    def weights_names(self) -> list[str]:
+        """The network is the name of its weights."""
+        return [self.network]
+
+    def estimated_bytes(self) -> int:
+        """Tokens and centres per group; pixel, neighbours and weights for every pixel, half of which have a point."""
+        return self.groups * (1152 + 3) * 4 + self.size * self.size * (4 + 3 * 2 + 3 * 4)
+
+
+class PointMaeParams(PointParams):
+    """Point-MAE (arXiv 2203.06604)."""
+
+    network: ClassVar[Literal["point_mae", "point_bert"]] = "point_mae"
+
+
+class PointBertParams(PointParams):
+    """Point-BERT (arXiv 2111.14819)."""
+
+    network: ClassVar[Literal["point_mae", "point_bert"]] = "point_bert"
+
+
+PARAMS: dict[str, type[_Params]] = {
+    "depth": DepthParams,
+    "fpfh": FpfhParams,
+    "point_bert": PointBertParams,
+    "point_mae": PointMaeParams,
+    "timm": TimmParams,
+}
 
 
 class FeatureSpec(BaseModel):
@@ -204,6 +265,11 @@ class FeatureSpec(BaseModel):
     def depth(cls, **params: Any) -> FeatureSpec:
         """The Z image."""
         return cls(backbone="depth", input="depth", params=params)
+
+    @classmethod
+    def point(cls, network: Literal["point_mae", "point_bert"] = "point_mae", **params: Any) -> FeatureSpec:
+        """Tokens of a point transformer with M3DM's settings unless told otherwise."""
+        return cls(backbone=network, input="xyz", params=params)
 
     @classmethod
     def timm(cls, model: str, *, input: Input = "rgb", view: View = "resize", **params: Any) -> FeatureSpec:

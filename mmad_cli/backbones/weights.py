@@ -34,11 +34,11 @@ State = Literal["ready", "missing", "damaged"]
 
 ENVIRONMENT_VARIABLE = "MMAD_WEIGHTS"
 RECORD_FILE = "record.json"
+_PASSING = ".new-"
 _HUB = "https://huggingface.co/{}/resolve/main/model.safetensors"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # torch.hub's convention: the file name ends in the first digits of its SHA-256
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|safetensors)$")
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -208,26 +208,18 @@ class _FetchError(Exception):
 def _fetch_file(
     known: WeightsEntry, file: WeightsFile, folder: Path, progress: Progress | None, trusted: bool
 ) -> WeightsRecord:
-    from mmad_cli.backbones._download import DownloadError, discard, download
+    from mmad_cli.backbones._download import DownloadError, download
 
-    part = folder / f"{file.filename}.part"
     try:
-        stated = download(file.url, part, progress)
-    except DownloadError as error:
-        raise _FetchError(str(error)) from error
-    digest = _sha256(part)
-    wanted = file.sha256 or stated
-    if wanted is not None and not digest.startswith(wanted):
-        discard(part)
-        raise _FetchError(f"{file.url}: wrong SHA-256, expected {wanted}, got {digest}; deleted")
-    try:
-        official = trusted or _is_published(known, digest)
-        record = _install(known, part, digest, source=file.url, official=official, imported_from=None)
-    except WeightsError as error:
-        raise _FetchError(str(error).replace(str(part), file.url)) from error
-    finally:
-        discard(part)
-    return record
+        with tempfile.TemporaryDirectory(dir=folder, prefix=_PASSING) as temporary:
+            path = Path(temporary) / file.filename
+            digest = download(file.url, path, folder / f"{file.filename}.part", file.sha256, progress)
+            official = trusted or _is_published(known, digest)
+            return _install(known, path, digest, source=file.url, official=official, imported_from=None)
+    except (DownloadError, WeightsError) as error:
+        raise _FetchError(str(error).replace(str(path), file.url)) from error
+    except OSError as error:
+        raise _FetchError(f"{folder}: cannot be written ({error.strerror or error})") from error
 
 
 def _install(
@@ -242,7 +234,7 @@ def _install(
     checkpoint = read_checkpoint(path)
     fitted = _fit(known, network_tensors(checkpoint, path), path)
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as temporary:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=_PASSING) as temporary:
             new = Path(temporary) / "weights.safetensors"
             if checkpoint.format == "safetensors" and checkpoint.content.keys() == fitted.tensors.keys():
                 shutil.copyfile(path, new)
@@ -279,11 +271,14 @@ def _install(
 
 
 def _fit(known: WeightsEntry, tensors: dict[str, Any], path: Path) -> FittedTensors:
-    from mmad_cli.backbones._checkpoints import FittedTensors, fit_timm
+    from mmad_cli.backbones._checkpoints import fit_timm
+    from mmad_cli.backbones._point_checkpoints import fit_point, fit_uff
 
     if known.kind == "timm":
         return fit_timm(known.name, tensors, path)
-    return FittedTensors(tensors, None)
+    if known.kind == "m3dm_uff":
+        return fit_uff(tensors, path)
+    return fit_point(known.kind, tensors, path)
 
 
 def _replace(new: Path, final: Path) -> None:
@@ -378,6 +373,9 @@ def _locked(name: str) -> Iterator[Path]:
             f"{folder}: cannot be written ({error.strerror or error}); set {ENVIRONMENT_VARIABLE} to another folder"
         ) from error
     try:
+        # what a killed process was at; nobody else is in here now
+        for left in folder.glob(f"{_PASSING}*"):
+            shutil.rmtree(left, ignore_errors=True)
         yield folder
     finally:
         lock.release()
@@ -401,14 +399,11 @@ def _progress_callback(name: str, progress: bool | Progress) -> Iterator[Progres
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return digest.hexdigest()
 
 
 def _is_published(known: WeightsEntry, digest: str) -> bool:

@@ -35,7 +35,7 @@ app = typer.Typer(
     help=(
         "Benchmark for multimodal (RGB + 3D point cloud) industrial anomaly detection.\n\n"
         "Point it at a dataset folder and get the per-category table of a published method:\n\n"
-        "mmad evaluate DATA --method btf --variant fpfh"
+        "Example: mmad evaluate data/mvtec3d --method btf --variant fpfh"
     ),
 )
 app.command("synth")(synth.synth)

@@ -9,7 +9,8 @@ import typer
 from mmad_cli.cli.options import Json, StoreOption
 
 app = typer.Typer(
-    no_args_is_help=True, help="The store: what it holds, whether it is sound, removing what is not needed."
+    no_args_is_help=True,
+    help="The store: what it holds, whether it is sound, removing what is not needed.\n\nExample: mmad cache info",
 )
 
 DAMAGED = 3
@@ -17,7 +18,10 @@ DAMAGED = 3
 
 @app.command("info")
 def info(store: StoreOption = None, json: Json = False) -> None:
-    """Files and bytes per stage and category. Example: mmad cache info."""
+    """Files and bytes per stage and category.
+
+    Example: mmad cache info
+    """
     from dataclasses import asdict
 
     from rich.table import Table
@@ -45,7 +49,9 @@ def info(store: StoreOption = None, json: Json = False) -> None:
 def verify(store: StoreOption = None, json: Json = False) -> int:
     """Read every stored file and compare it with its digest; ends with 3 when one is damaged.
 
-    A damaged file is computed again by the next command that needs it. Example: mmad cache verify
+    A damaged file is computed again by the next command that needs it.
+
+    Example: mmad cache verify
     """
     from mmad_cli.cli.console import ConsoleReporter, print_json
     from mmad_cli.store import Store

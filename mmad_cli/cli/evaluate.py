@@ -36,7 +36,9 @@ INCOMPLETE = 3
 
 
 def evaluate(
-    method: Annotated[list[str], typer.Option("--method", "-m", help="A method; may be repeated.")],
+    method: Annotated[
+        list[str], typer.Option("--method", "-m", help="A method, see `mmad list methods`; may be repeated.")
+    ],
     data: Annotated[
         Path | None,
         typer.Argument(
@@ -48,7 +50,11 @@ def evaluate(
     ] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option("--variant", help="A published ablation; may be repeated for one method.", show_default=False),
+        typer.Option(
+            "--variant",
+            help="A published ablation, see `mmad list variants`; may be repeated for one method.",
+            show_default=False,
+        ),
     ] = None,
     recipe: Recipe = "official",
     settings: Settings = None,

@@ -30,11 +30,14 @@ from mmad_cli.errors import UsageError
 def extract(
     data: Data,
     method: Annotated[
-        str | None, typer.Option("--method", help="Extract all that this method needs.", show_default=False)
+        str | None,
+        typer.Option(
+            "--method", help="Extract all that this method needs; see `mmad list methods`.", show_default=False
+        ),
     ] = None,
     backbone: Annotated[
         str | None,
-        typer.Option("--backbone", help="Extract one backbone: fpfh or a timm model name.", show_default=False),
+        typer.Option("--backbone", help="Extract one backbone; see `mmad list backbones`.", show_default=False),
     ] = None,
     variant: Variant = None,
     recipe: Recipe = "official",

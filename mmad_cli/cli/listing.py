@@ -13,7 +13,10 @@ from mmad_cli.cli.options import Json
 if TYPE_CHECKING:
     from mmad_cli.results.reference import Reference
 
-app = typer.Typer(no_args_is_help=True, help="List methods, variants, backbones, datasets, references or runs.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="List methods, variants, backbones, datasets, references or runs.\n\nExample: mmad list methods",
+)
 
 
 def show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
@@ -39,7 +42,10 @@ def show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
 
 @app.command("methods")
 def methods(json: Json = False) -> None:
-    """Methods, with their variants and sources. Example: mmad list methods --json."""
+    """Methods, with their variants and sources.
+
+    Example: mmad list methods --json
+    """
     from mmad_cli.methods import get_method, method_names
 
     definitions = [get_method(name) for name in method_names()]
@@ -65,7 +71,10 @@ def variants(
     method: Annotated[str | None, typer.Option("--method", help="Of this method only.", show_default=False)] = None,
     json: Json = False,
 ) -> None:
-    """Variants of methods: the published ablations. Example: mmad list variants --method btf."""
+    """Variants of methods: the published ablations.
+
+    Example: mmad list variants --method btf
+    """
     from mmad_cli.methods import get_method, method_names
 
     definitions = [get_method(name) for name in ([method] if method else method_names())]
@@ -81,14 +90,17 @@ def variants(
 
 @app.command("backbones")
 def backbones(json: Json = False) -> None:
-    """Backbones, and whether their weights are here. Example: mmad list backbones."""
+    """Backbones, and whether their weights are here.
+
+    Example: mmad list backbones
+    """
     from mmad_cli.backbones.specs import PARAMS
     from mmad_cli.backbones.weights import list_weights
 
     hand_made = [
         {"name": name, "kind": "hand-made", "weights": "none needed", "what": _first_line(params)}
         for name, params in PARAMS.items()
-        if name != "timm"
+        if "torch" not in params.libraries
     ]
     networks = [
         {"name": status.name, "kind": status.kind, "weights": status.state, "what": status.description}
@@ -99,7 +111,10 @@ def backbones(json: Json = False) -> None:
 
 @app.command("datasets")
 def datasets(json: Json = False) -> None:
-    """Dataset layouts that are read, and the categories of the synthetic one. Example: mmad list datasets."""
+    """Dataset layouts that are read, with the categories that are known.
+
+    Example: mmad list datasets
+    """
     from mmad_cli.datasets import describe_datasets
 
     show(describe_datasets(), json)
@@ -107,7 +122,10 @@ def datasets(json: Json = False) -> None:
 
 @app.command("references")
 def references(json: Json = False) -> None:
-    """Published numbers to compare with. Example: mmad list references --json."""
+    """Published numbers to compare with.
+
+    Example: mmad list references --json
+    """
     from mmad_cli.results.reference import list_references
 
     show(
@@ -133,7 +151,10 @@ def _reference_row(reference: Reference) -> dict[str, Any]:
 
 @app.command("runs")
 def runs(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("runs"), json: Json = False) -> None:
-    """Runs below a folder. Example: mmad list runs."""
+    """Runs below a folder.
+
+    Example: mmad list runs runs
+    """
     from mmad_cli.results.runs import find_runs, load_runs
 
     found = find_runs(folder)

@@ -45,7 +45,10 @@ Debris = Annotated[
 Settings = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Set a field of the configuration; repeatable.", show_default=False
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set a field of the configuration, such as coreset_fraction=0.05; repeatable.",
+        show_default=False,
     ),
 ]
 Recipe = Annotated[str, typer.Option("--recipe", help="official (as published, quirks included) or corrected.")]

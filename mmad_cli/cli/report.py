@@ -24,7 +24,10 @@ def report(
         Path | None, typer.Option("--output", "-o", help="Write to this file instead.", show_default=False)
     ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option("--metric", help="Show this metric; may be repeated.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            "--metric", help="Show and compare this metric, such as aupro_01; may be repeated.", show_default=False
+        ),
     ] = None,
     against: Annotated[
         str | None,
@@ -41,7 +44,12 @@ def report(
     ] = None,
     tolerance: Annotated[
         list[str] | None,
-        typer.Option("--tolerance", metavar="[METRIC=]X", help="Allowed absolute difference.", show_default=False),
+        typer.Option(
+            "--tolerance",
+            metavar="[METRIC=]X",
+            help="Allowed absolute difference, 0.005 if not given; repeatable.",
+            show_default=False,
+        ),
     ] = None,
 ) -> int:
     """Show the tables of runs; with --against, fail when a number has moved.

@@ -25,7 +25,7 @@ def synth(
 
     Rendered scans of 3D shapes with exact defect masks: dents, bumps, holes, cuts, cracks, bends, stains.
 
-    Example: mmad synth data/synthetic --category washer --train 20
+    Example: mmad synth data/synthetic --category flange --train 20
     """
     from mmad_cli.cli.console import ConsoleReporter
     from mmad_cli.datasets.synthetic import generate

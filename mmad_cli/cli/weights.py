@@ -12,14 +12,20 @@ from mmad_cli.cli.options import Json
 if TYPE_CHECKING:
     from mmad_cli.backbones.weights import WeightsStatus
 
-app = typer.Typer(no_args_is_help=True, help="Pretrained weights: where they are, download, import, check.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Pretrained weights: where they are, download, import, check.\n\nExample: mmad weights list",
+)
 
 DAMAGED = 3
 
 
 @app.command("list")
 def list_(json: Json = False) -> None:
-    """Known weights and which are here. Example: mmad weights list."""
+    """Known weights and which are here.
+
+    Example: mmad weights list
+    """
     from mmad_cli.backbones.weights import list_weights
     from mmad_cli.cli.listing import show
 
@@ -30,7 +36,10 @@ def list_(json: Json = False) -> None:
 def fetch(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names; see `mmad weights list`.")],
 ) -> None:
-    """Download weights, check them and keep them. Example: mmad weights fetch wide_resnet50_2.tv_in1k."""
+    """Download weights, check them and keep them in `$MMAD_WEIGHTS`.
+
+    Example: mmad weights fetch wide_resnet50_2.tv_in1k
+    """
     from mmad_cli.backbones.weights import fetch as fetch_one
 
     for name in names:
@@ -56,10 +65,16 @@ def import_(
 
 @app.command("verify")
 def verify(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", show_default=False)] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="Names; default: all that are here.", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> int:
-    """Compare stored weights with their recorded digest. Example: mmad weights verify."""
+    """Compare stored weights with their recorded digest; ends with 3 when one is damaged or missing.
+
+    Example: mmad weights verify
+    """
     from mmad_cli.backbones.weights import verify as verify_weights
     from mmad_cli.cli.listing import show
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,6 +111,37 @@ class Method(Protocol):
 
     def memory_estimate(self, n_train: int) -> int:
         """Peak bytes that fitting on `n_train` samples needs beyond the networks."""
+
+
+@runtime_checkable
+class SharedTraining(Protocol):
+    """What a method offers on top of `Method` when it learns something once for all categories of a dataset.
+
+    The stage calls `fit_shared` and `save_shared` once per dataset, then `load_shared` on the method of each category
+    before its `fit` or `load`.
+    """
+
+    def needs_shared(self) -> bool:
+        """Whether this configuration learns across categories."""
+
+    def fit_shared(
+        self,
+        train: Mapping[str, FeatureSet],
+        *,
+        seed: int,
+        folder: Path,
+        progress: ProgressCallback | None = None,
+    ) -> None:
+        """Learn from the good samples of all categories, by name.
+
+        `folder` survives an interruption: what is written there lets the next call go on with the same result.
+        """
+
+    def save_shared(self, folder: Path) -> None:
+        """Write what was learned into an empty folder."""
+
+    def load_shared(self, folder: Path) -> None:
+        """Read what `save_shared` wrote."""
 
 
 @dataclass(frozen=True)

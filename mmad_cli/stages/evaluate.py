@@ -39,6 +39,7 @@ from mmad_cli.stages.plan import (
 from mmad_cli.stages.predict import fitted_method, predictions, read_prediction
 from mmad_cli.stages.preprocess import StageReport, extract_category, preprocess_category
 from mmad_cli.stages.session import Session
+from mmad_cli.stages.shared import SharedPlan, plan_shared, train_shared
 from mmad_cli.store import CorruptArtefactError, RawIndex, library_version
 from mmad_cli.store.keys import canonical_json, digest_bytes
 
@@ -145,7 +146,8 @@ def evaluate(session: Session, request: EvaluateRequest) -> tuple[RunResult, Pat
     result = _start_run(prepared, samples)
     folder = (request.out or Path(RUNS) / result.run_id).absolute()
     _keep_history(result, folder)
-    keys: set[str] = set()
+    shared = plan_shared(session, prepared.dataset, samples, request.selection, prepared.preprocessing, prepared.run)
+    keys: set[str] = set() if shared is None else shared.keys
     for category in prepared.categories:
         if category in failed:
             outcome = CategoryResult(status="failed", error=failed[category])
@@ -156,13 +158,14 @@ def evaluate(session: Session, request: EvaluateRequest) -> tuple[RunResult, Pat
                 samples[category],
                 prepared.preprocessing,
                 prepared.run,
+                shared=None if shared is None else shared.artefact,
                 full_resolution=request.full_resolution,
             )
             keys |= plan.keys
             _announce(session, result, folder, keys)
             if request.force:
                 forget(session, plan)
-            outcome, device = evaluate_category(session, prepared, plan, folder)
+            outcome, device = evaluate_category(session, prepared, plan, folder, shared)
             if device is not None:
                 result.environment.device = device
         if outcome.status == "failed":
@@ -184,14 +187,18 @@ def forget(session: Session, plan: CategoryPlan) -> None:
 
 
 def evaluate_category(
-    session: Session, prepared: Prepared, plan: CategoryPlan, folder: Path
+    session: Session,
+    prepared: Prepared,
+    plan: CategoryPlan,
+    folder: Path,
+    shared: SharedPlan | None = None,
 ) -> tuple[CategoryResult, str | None]:
     """Result of one category and the device that computed it; from the store where it is known already."""
     category = plan.samples.category
     try:
         record = _stored_result(session, plan)
         if record is None or (prepared.request.save_maps and not _maps_complete(session, plan)):
-            record = _compute_category(session, prepared, plan)
+            record = _compute_category(session, prepared, plan, shared)
             session.store.write_record(plan.result, record)
         _write_category_files(session, prepared, plan, record, folder / _folder_name(category))
     except (UsageError, WeightsError, StoreError):
@@ -217,7 +224,9 @@ def _stored_result(session: Session, plan: CategoryPlan) -> dict[str, Any] | Non
         return None
 
 
-def _compute_category(session: Session, prepared: Prepared, plan: CategoryPlan) -> dict[str, Any]:
+def _compute_category(
+    session: Session, prepared: Prepared, plan: CategoryPlan, shared: SharedPlan | None
+) -> dict[str, Any]:
     if not plan.samples.test:
         raise DataError(
             f"category {plan.samples.category}: no test sample; expected images in "
@@ -233,6 +242,9 @@ def _compute_category(session: Session, prepared: Prepared, plan: CategoryPlan) 
         _raise_failures(preprocess_category(session, plan.samples.category, plan.clean))
     with clock("extract"):
         _raise_failures(extract_category(session, plan.samples.category, plan.features))
+    if shared is not None:
+        with clock("fit-shared"):
+            train_shared(session, shared, prepared.run)
     with clock("fit"):
         method, info = fitted_method(session, plan, prepared.run)
     with clock("predict"):

@@ -21,7 +21,8 @@ from mmad_cli.stages.plan import (
 from mmad_cli.stages.predict import fitted_method
 from mmad_cli.stages.preprocess import StageReport, extract_category, preprocess_category
 from mmad_cli.stages.session import Session
-from mmad_cli.store import RawIndex
+from mmad_cli.stages.shared import ALL_CATEGORIES, plan_shared, train_shared
+from mmad_cli.store import Artefact, RawIndex
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,7 +79,7 @@ def preprocess(
     selection: Selection | None = None,
     force: bool = False,
 ) -> list[CategoryOutcome]:
-    """Clean scans of a dataset into the store. Raw files are only read. Failing samples are listed, the rest is kept."""
+    """Clean scans of a dataset into the store; raw files are only read. Failing samples are listed, the rest kept."""
     from mmad_cli.datasets import open_dataset
 
     selection = selection or Selection()
@@ -154,17 +155,24 @@ def backbone_spec(name: str, settings: Mapping[str, Any]) -> FeatureSpec:
 def fit(session: Session, request: EvaluateRequest) -> list[CategoryOutcome]:
     """Fit a method per category and store it; earlier stages are run where they are missing."""
     prepared = prepare(session, request)
-    outcomes = []
-    for category, samples in _each_category(session, prepared.dataset, prepared.categories, request.selection):
-        if isinstance(samples, DataError):
-            outcomes.append(CategoryOutcome(category, error=str(samples)))
-            continue
-        outcomes.append(_fit_category(session, prepared, samples))
-    return outcomes
+    found = dict(_each_category(session, prepared.dataset, prepared.categories, request.selection))
+    usable = {name: samples for name, samples in found.items() if not isinstance(samples, DataError)}
+    shared = plan_shared(session, prepared.dataset, usable, request.selection, prepared.preprocessing, prepared.run)
+    if shared is not None:
+        train_shared(session, shared, prepared.run)
+    artefact = None if shared is None else shared.artefact
+    return [
+        CategoryOutcome(category, error=str(samples))
+        if isinstance(samples, DataError)
+        else _fit_category(session, prepared, samples, artefact)
+        for category, samples in found.items()
+    ]
 
 
-def _fit_category(session: Session, prepared: Prepared, samples: CategorySamples) -> CategoryOutcome:
-    plan = plan_category(session, prepared.dataset, samples, prepared.preprocessing, prepared.run)
+def _fit_category(
+    session: Session, prepared: Prepared, samples: CategorySamples, shared: Artefact | None
+) -> CategoryOutcome:
+    plan = plan_category(session, prepared.dataset, samples, prepared.preprocessing, prepared.run, shared=shared)
     wanted = {ref.id for ref in (*plan.samples.train, *plan.samples.validation)}
     clean = {id_: job for id_, job in plan.clean.items() if id_ in wanted}
     jobs = {name: {id_: job for id_, job in by.items() if id_ in wanted} for name, by in plan.features.items()}
@@ -192,15 +200,23 @@ def plan(session: Session, request: EvaluateRequest) -> list[PlanLine]:
     store = session.store
     lines = []
     method = prepared.run.build("cpu")
+    found = {}
     for category, samples in _each_category(session, prepared.dataset, prepared.categories, request.selection):
         if isinstance(samples, DataError):
             raise samples
+        found[category] = samples
+    shared = plan_shared(session, prepared.dataset, found, request.selection, prepared.preprocessing, prepared.run)
+    if shared is not None:
+        trained = store.folder(shared.artefact).is_dir()
+        lines.append(PlanLine(ALL_CATEGORIES, shared.artefact.stage, 1, int(not trained), 0, 0))
+    for category, samples in found.items():
         chain = plan_category(
             session,
             prepared.dataset,
             samples,
             prepared.preprocessing,
             prepared.run,
+            shared=None if shared is None else shared.artefact,
             full_resolution=request.full_resolution,
         )
         clean_missing = [job for job in chain.clean.values() if not store.has_tensors(job.artefact)]

@@ -98,6 +98,7 @@ class CategoryPlan:
     samples: CategorySamples
     clean: Mapping[str, CleanJob]
     features: Mapping[str, Mapping[str, FeatureJob]]
+    shared: Artefact | None
     fit: Artefact
     predictions: Mapping[str, Artefact]
     result: Artefact
@@ -195,9 +196,10 @@ def plan_category(
     preprocessing: PreprocessConfig,
     run: MethodRun,
     *,
+    shared: Artefact | None = None,
     full_resolution: bool = False,
 ) -> CategoryPlan:
-    """Everything that evaluating one category needs, with keys."""
+    """Everything that evaluating one category needs, with keys; `shared` is what was learned across categories."""
     from mmad_cli.metrics import METRICS_VERSION
 
     category = samples.category
@@ -219,6 +221,7 @@ def plan_category(
         libraries=library_versions(definition.libraries),
         train=[keys_of(ref) for ref in samples.train],
         validation=[keys_of(ref) for ref in samples.validation],
+        shared=None if shared is None else shared.key,
     )
     predictions = {
         ref.id: Artefact(PREDICT, category, make_key(PREDICT, definition.version, fit=fit, features=keys_of(ref)))
@@ -234,6 +237,7 @@ def plan_category(
         samples=samples,
         clean=clean,
         features=features,
+        shared=shared,
         fit=Artefact(FIT, category, fit),
         predictions=predictions,
         result=Artefact(EVALUATE, category, result),

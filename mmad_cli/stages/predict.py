@@ -14,6 +14,7 @@ from mmad_cli.stages.clean import recomputed
 from mmad_cli.stages.features import StoredFeatures, StoredSample
 from mmad_cli.stages.plan import CategoryPlan, MethodRun
 from mmad_cli.stages.session import Session
+from mmad_cli.stages.shared import load_shared
 from mmad_cli.store import Artefact, CorruptArtefactError
 from mmad_cli.types import SampleRef
 
@@ -42,7 +43,7 @@ def fitted_method(session: Session, plan: CategoryPlan, run: MethodRun) -> tuple
             pass
         except CorruptArtefactError as error:
             session.reporter.notice(recomputed(error))
-        method = run.build(session.resolve_device())
+        method = _unfitted(session, plan, run)
         if not plan.samples.train:
             raise DataError(f"category {plan.samples.category}: no training sample in train/good")
         train = stored_features(session, plan, plan.samples.train)
@@ -57,9 +58,16 @@ def fitted_method(session: Session, plan: CategoryPlan, run: MethodRun) -> tuple
 
 def _load(session: Session, plan: CategoryPlan, run: MethodRun) -> tuple[Method, dict[str, Any]]:
     folder, info = session.store.read_folder(plan.fit)
-    method = run.build(session.resolve_device())
+    method = _unfitted(session, plan, run)
     method.load(folder)
     return method, info
+
+
+def _unfitted(session: Session, plan: CategoryPlan, run: MethodRun) -> Method:
+    method = run.build(session.resolve_device())
+    if plan.shared is not None:
+        load_shared(session, plan.shared, method)
+    return method
 
 
 def read_prediction(session: Session, artefact: Artefact) -> Prediction | None:

@@ -37,7 +37,7 @@ _METADATA = "mmad"
 # A temporary name older than this belongs to a process that was killed
 _STALE_SECONDS = 3600.0
 # Folders below the root that hold no artefacts under a key
-_NOT_ARTEFACTS = ("datasets", "locks", "raw", "runs")
+_NOT_ARTEFACTS = ("datasets", "locks", "raw", "runs", "work")
 
 
 class CorruptArtefactError(StoreError):
@@ -242,7 +242,7 @@ class Store:
     def verify(self, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
         """Read every stored file and compare with its digest."""
         problems = []
-        files = [p for p in self._files() if p.relative_to(self.root).parts[0] not in ("locks", "raw")]
+        files = [p for p in self._files() if p.relative_to(self.root).parts[0] not in ("locks", "raw", "work")]
         for done, path in enumerate(files, start=1):
             try:
                 _verify_file(path)

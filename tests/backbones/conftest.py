@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import http.server
 import re
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,8 @@ def random_state() -> Callable[[str], dict[str, Any]]:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     server: WeightsServer
+    # chunks came with 1.1; the connection is closed after each answer all the same
+    protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         server = self.server
@@ -102,11 +106,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         self.send_header("ETag", etag)
-        self.send_header("Content-Length", str(len(body) - start))
+        if not server.chunked:
+            self.send_header("Content-Length", str(len(body) - start))
+        else:
+            self.send_header("Transfer-Encoding", "chunked")
         for name, value in server.extra_headers.items():
             self.send_header(name, value)
+        self.send_header("Connection", "close")
         self.end_headers()
         sent = body[start:]
+        if server.chunked:
+            sent = b"%x\r\n%b\r\n0\r\n\r\n" % (len(sent), sent)
         if server.cut_after is not None and server.cuts_left > 0:
             server.cuts_left -= 1
             sent = sent[: server.cut_after]
@@ -125,6 +135,7 @@ class WeightsServer(http.server.ThreadingHTTPServer):
         self.requests: list[tuple[str, str | None]] = []
         self.extra_headers: dict[str, str] = {}
         self.ranges = True
+        self.chunked = False
         self.cut_after: int | None = None
         self.cuts_left = 0
 
@@ -142,3 +153,76 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WeightsServer]:
         yield running
         running.shutdown()
         thread.join()
+
+
+@functools.cache
+def _point_vit() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / "point_vit.npz") as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+@pytest.fixture
+def golden() -> Callable[[str], dict[str, np.ndarray]]:
+    """Golden arrays of the point networks and the ViT whose names begin with a folder, by the rest of the name."""
+    return lambda folder: {k.removeprefix(f"{folder}/"): v for k, v in _point_vit().items() if k.startswith(folder)}
+
+
+# layers whose stand-in values are scaled, since the point networks see raw metres
+_GAINS = {
+    "encoder.first_conv.0.weight": 1000.0,
+    "encoder.second_conv.3.weight": 3.0,
+    "pos_embed.0.weight": 20.0,
+    "pos_embed.2.weight": 0.05,
+}
+
+
+def _stand_in(key: str, shape: tuple[int, ...]) -> Any:
+    """The golden stand-in for a tensor: normal values seeded by the CRC-32 of its name, scaled by what it is."""
+    import torch
+
+    leaf = key.rsplit(".", 1)[-1]
+    if leaf in ("num_batches_tracked", "queue_ptr"):
+        return torch.full(shape, int(leaf == "num_batches_tracked"), dtype=torch.int64)
+    values = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode()))).standard_normal(shape)
+    if leaf == "running_var":
+        values = 1 + 0.1 * np.abs(values)
+    elif leaf == "weight" and len(shape) == 1:
+        values = 1 + 0.02 * values
+    elif leaf == "weight":
+        gain = next((gain for end, gain in _GAINS.items() if key.endswith(end)), 1.0)
+        values = gain * values / np.sqrt(float(np.prod(shape[1:])))
+    else:
+        values = 0.02 * values
+    return torch.from_numpy(values.astype(np.float32))
+
+
+@functools.cache
+def _stand_ins(name: str) -> dict[str, Any]:
+    keys, shapes = (_point_vit()[f"checkpoint/{name}/{part}"] for part in ("keys", "shapes"))
+    sizes = [tuple(int(n) for n in str(shape).split(",") if n) for shape in shapes]
+    return {str(key): _stand_in(str(key), size) for key, size in zip(keys, sizes, strict=True)}
+
+
+@pytest.fixture
+def stand_ins() -> Callable[[str], dict[str, Any]]:
+    """Tensors of a golden checkpoint under the published names."""
+    return lambda name: dict(_stand_ins(name))
+
+
+@pytest.fixture
+def checkpoint_file(tmp_path: Path) -> Callable[..., Path]:
+    """Writes tensors in the layout of the published files of `name`."""
+
+    def write(name: str, tensors: dict[str, Any]) -> Path:
+        import torch
+
+        content: dict[str, Any] = tensors
+        if name.startswith("point"):
+            content = {"base_model": tensors, "optimizer": {}, "epoch": 300, "metrics": {}, "best_metrics": {}}
+        elif name == "m3dm_uff":
+            content = {"model": tensors, "epoch": 0, "args": argparse.Namespace(lr=0.003)}
+        path = tmp_path / f"{name}.pth"
+        torch.save(content, path)
+        return path
+
+    return write

@@ -3,6 +3,8 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from safetensors.torch import save, save_file
 
 from mmad_cli.backbones import _download, weights
+from mmad_cli.backbones._point_checkpoints import uff_shapes
 from mmad_cli.backbones.weights import WeightsError, fetch, import_file, list_weights, resolve, verify
 from mmad_cli.errors import UsageError
 
@@ -79,6 +82,15 @@ def test_wrong_names(name: str, message: str) -> None:
 def test_a_name_cannot_leave_the_folder(name: str) -> None:
     with pytest.raises(WeightsError, match="not a name"):
         resolve(name)
+
+
+def test_the_registry_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from mmad_cli.backbones import weights; weights.list_weights(); weights.verify();"
+        "print({'torch', 'timm', 'pooch', 'requests', 'safetensors'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 # missing
@@ -217,9 +229,10 @@ def test_option_namespace_is_allowed(tmp_path: Path) -> None:
     import torch
 
     path = tmp_path / "uff.pth"
-    torch.save({"model": {"mlp.weight": torch.ones(2, 2)}, "args": argparse.Namespace(lr=0.1)}, path)
+    tensors = {name: torch.ones(shape) for name, shape in uff_shapes().items()}
+    torch.save({"model": tensors, "args": argparse.Namespace(lr=0.1)}, path)
     record = import_file("m3dm_uff", path)
-    assert (record.tensors, record.kind) == (1, "m3dm_uff")
+    assert (record.tensors, record.kind) == (16, "m3dm_uff")
 
 
 def test_damaged_files_are_named(tmp_path: Path, state: dict[str, Any], body: bytes) -> None:
@@ -301,6 +314,7 @@ def test_fetch_from_the_registry_is_official(
     assert record.source == good.url
     captured = capsys.readouterr()
     assert captured.out == ""
+    assert "Downloading" not in captured.err
 
 
 def test_wrong_hash_is_refused_and_deleted(server: Any, body: bytes, weights_folder: Path) -> None:
@@ -310,6 +324,16 @@ def test_wrong_hash_is_refused_and_deleted(server: Any, body: bytes, weights_fol
     ):
         fetch(MODEL, progress=False, urls=[server.url("/resnet18-f37072fd.pth")])
     assert [p.name for p in (weights_folder / MODEL).iterdir()] == [".lock"]
+
+
+def test_whole_hash_is_checked(server: Any, weights_folder: Path) -> None:
+    # a published name makes it the published file, whose whole digest is known
+    server.files["/pretrain.pth"] = b"other bytes"
+    url = server.url("/pretrain.pth")
+    with pytest.raises(WeightsError, match=rf"{url}: .*expected 27ded932bb0a.* got {'[0-9a-f]' * 64}"):
+        fetch("point_mae", progress=False, urls=[url])
+    assert len(server.requests) == 1
+    assert [p.name for p in (weights_folder / "point_mae").iterdir()] == [".lock"]
 
 
 def test_hash_that_the_server_states_is_checked(server: Any, body: bytes) -> None:
@@ -322,9 +346,10 @@ def test_hash_that_the_server_states_is_checked(server: Any, body: bytes) -> Non
 def test_failed_fetch_keeps_what_was_there(server: Any, tmp_path: Path, state: dict[str, Any]) -> None:
     record = import_file(MODEL, _write(tmp_path / "a.safetensors", state))
     server.files["/page"] = b"<html>login</html>"
-    with pytest.raises(WeightsError, match=r"/page: neither .*a web page"):
+    with pytest.raises(WeightsError, match=r"\d/page: neither .*a web page"):
         fetch(MODEL, progress=False, urls=[server.url("/page")], force=True)
     assert resolve(MODEL) == record
+    assert sorted(p.name for p in record.folder.iterdir()) == [".lock", record.file, "record.json"]
 
 
 def test_all_failures_are_listed_with_the_way_out(server: Any) -> None:
@@ -359,6 +384,44 @@ def test_next_run_resumes(server: Any, body: bytes, weights_folder: Path, monkey
     assert arrived > 2_500_000
     assert fetch(MODEL, progress=False, urls=[server.url("/m.safetensors")]).path.read_bytes() == body
     assert server.requests[-1][1] == f"bytes={arrived}-"
+
+
+def test_interrupt_leaves_only_the_part(server: Any, body: bytes, weights_folder: Path) -> None:
+    server.files["/m.safetensors"] = body
+
+    def interrupt(done: int, total: int | None) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(MODEL, progress=interrupt, urls=[server.url("/m.safetensors")])
+    left = sorted(p.name for p in (weights_folder / MODEL).iterdir())
+    assert left == [".lock", "m.safetensors.part", "m.safetensors.part.json"]
+    with pytest.raises(WeightsError, match="missing"):
+        resolve(MODEL)
+
+
+def test_leftovers_of_a_killed_process_go(server: Any, body: bytes, weights_folder: Path) -> None:
+    left = weights_folder / MODEL / ".new-abc"
+    left.mkdir(parents=True)
+    (left / "tmp").write_bytes(body)
+    server.files["/m.safetensors"] = body
+    fetch(MODEL, progress=False, urls=[server.url("/m.safetensors")])
+    assert not left.exists()
+
+
+def test_file_of_unstated_length_that_breaks_off_is_not_taken(
+    server: Any, body: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_download.time, "sleep", lambda seconds: None)
+    server.files["/m.safetensors"] = body
+    server.chunked, server.cut_after, server.cuts_left = True, 1_000_000, 3
+    url = server.url("/m.safetensors")
+    with pytest.raises(_download.DownloadError, match=rf"{url}: the connection ended early"):
+        _download.download(url, tmp_path / "m", tmp_path / "m.part")
+    assert not (tmp_path / "m").exists()
+    digest = _download.download(url, tmp_path / "m", tmp_path / "m.part")
+    assert (tmp_path / "m").read_bytes() == body
+    assert digest == weights.hashlib.sha256(body).hexdigest()
 
 
 def test_changed_file_is_not_glued_to_an_old_part(server: Any, body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:

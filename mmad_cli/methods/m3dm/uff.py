@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from mmad_cli.errors import WeightsError
+from mmad_cli.methods.m3dm.config import UFF_WEIGHTS as WEIGHTS
 from mmad_cli.types import FloatArray, IndexArray
 
 POINT_CHANNELS = 1152
 RGB_CHANNELS = 768
 HIDDEN_FACTOR = 4
 HEAD_CHANNELS = 256
-WEIGHTS = "m3dm_uff"
 
 # Logits are formed for this many entries at a time
 _LOGIT_TILE = 1 << 24
@@ -96,7 +96,7 @@ def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float = 1.0) ->
         raise ValueError(f"queries, keys: must have one shape (n, d) with n above 0, got {shapes}")
     if not temperature > 0:
         raise ValueError(f"temperature: must be above 0, got {temperature}")
-    loss: Tensor = _TiledContrast.apply(queries, keys, temperature)
+    loss: Tensor = _TiledContrast.apply(queries, keys, temperature)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -149,8 +149,10 @@ def network_from_tensors(tensors: Mapping[str, Tensor], where: str) -> FusionNet
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != given:
         wrong = sorted(name for name in {*expected, *given} if expected.get(name) != given.get(name))
-        raise WeightsError(f"{where}: not the tensors of a feature fusion network; missing, unknown or misshapen: {wrong}")
-    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+        raise WeightsError(
+            f"{where}: not the tensors of a feature fusion network; missing, unknown or misshapen: {wrong}"
+        )
+    network.load_state_dict({name: tensor.float().clone() for name, tensor in tensors.items()}, assign=True)
     return network.requires_grad_(False).eval()
 
 

@@ -122,7 +122,12 @@ def train(
 
 
 def _step(
-    network: FusionNetwork, optimiser: torch.optim.Optimizer, pairs: Pairs, batch: Batch, settings: Training, device: str
+    network: FusionNetwork,
+    optimiser: torch.optim.Optimizer,
+    pairs: Pairs,
+    batch: Batch,
+    settings: Training,
+    device: str,
 ) -> float:
     if batch.first:
         optimiser.zero_grad()

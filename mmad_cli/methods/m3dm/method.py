@@ -1,0 +1,670 @@
+"""M3DM (CVPR 2023, arXiv 2303.00601): memory banks of RGB, point and fused patches, joined by decision layer fusion."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmad_cli.errors import DataError
+from mmad_cli.methods.anomaly_map import blur_float, blur_pillow8, upsample
+from mmad_cli.methods.base import (
+    MAP_SIZE,
+    BankSize,
+    FeatureSet,
+    MethodDefinition,
+    Prediction,
+    ProgressCallback,
+    SampleFeatures,
+    View,
+)
+from mmad_cli.methods.m3dm.config import CORRECTED, UFF_WEIGHTS, BankName, M3DMConfig
+from mmad_cli.methods.m3dm.dlf import DecisionFusion, one_class_coefficients
+from mmad_cli.methods.m3dm.patches import (
+    POINT_GRID,
+    POINT_PATCHES,
+    on_point_grid,
+    point_patches,
+    repeated_cells,
+    rgb_patches,
+    scrambled_cells,
+)
+from mmad_cli.types import FloatArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmad_cli.backbones.specs import FeatureSpec
+    from mmad_cli.memory import BankConfig, MemoryBank
+    from mmad_cli.methods.m3dm.uff import FusionNetwork
+    from mmad_cli.methods.m3dm.uff_training import Training
+
+_STATE_FILE = "state.json"
+_NETWORK_FILE = "uff.safetensors"
+_PROGRESS_SECONDS = 0.3
+
+# of ViT-B/8 and the point networks, for estimates
+_CHANNELS: dict[BankName, int] = {"points": 1152, "rgb": 768, "fused": 1920}
+_RGB_PATCHES = 784
+_MEBIBYTE = 1 << 20
+
+
+@dataclass(frozen=True)
+class BankScore:
+    """What one bank says of a sample: blurred anomaly map (224, 224) and image score."""
+
+    anomaly_map: FloatArray
+    image_score: float
+
+
+class M3DM:
+    """Multimodal anomaly detection with memory banks and decision layer fusion.
+
+    Fitted: `banks_`, a memory bank for each part of the variant; `fusion_`, the learned weighting, None for variants
+    without; `uff_`, the feature fusion network, None where none is needed or it was not read yet.
+    """
+
+    banks_: dict[BankName, MemoryBank]
+    fusion_: DecisionFusion | None
+    uff_: FusionNetwork | None = None
+
+    def __init__(self, config: M3DMConfig, device: str = "cpu") -> None:
+        self.config = config
+        self.device = device
+
+    @property
+    def view(self) -> View:
+        """The whole scan."""
+        return "resize"
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether `fit` reads the validation samples."""
+        return self.config.needs_decision_fusion and self.config.dlf_fit == "validation"
+
+    def features(self) -> dict[str, FeatureSpec]:
+        """Tokens of the RGB network, tokens and geometry of the point network; what the variant needs of them."""
+        from mmad_cli.backbones.specs import FeatureSpec
+
+        config, specs = self.config, {}
+        if config.parts != ("rgb",):
+            specs["points"] = FeatureSpec.point(
+                config.point_backbone,
+                groups=config.groups,
+                group_size=config.group_size,
+                point_bn=config.point_bn,
+                point_droppath=config.point_droppath,
+                droppath_seed=config.droppath_seed,
+                fps_skip_origin=config.fps_skip_origin,
+                idw=config.idw,
+                xyz_resize=config.xyz_resize,
+            )
+        if config.parts != ("points",):
+            specs["rgb"] = FeatureSpec.timm(config.rgb_backbone, outputs=None, norm=config.rgb_norm)
+        return specs
+
+    def weights_names(self) -> list[str]:
+        """Weights beyond those of the features: the published fusion block, where it is used."""
+        return [UFF_WEIGHTS] if self._fuses and self.config.uff == "released" else []
+
+    # Training across categories
+
+    def needs_shared(self) -> bool:
+        """Whether the fusion block is to be trained on all categories before any of them is fitted."""
+        return self._fuses and self.config.uff == "retrained"
+
+    def fit_shared(
+        self,
+        train: Mapping[str, FeatureSet],
+        *,
+        seed: int,
+        folder: Path | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> None:
+        """Train the fusion block on the good samples of all categories.
+
+        An interrupted training goes on from its checkpoint in `folder`. Raises DataError without samples.
+        """
+        from mmad_cli.methods.m3dm.uff import new_network
+        from mmad_cli.methods.m3dm.uff_training import train as train_network
+
+        sets = [train[name] for name in sorted(train)]
+        samples = [one for features in sets for one in _first(features, self.config.sample_limit)]
+        if not samples:
+            raise DataError("there are no training samples; the feature fusion block needs at least one good sample")
+        points, rgb = self._training_pair(samples[0])
+        network = new_network(points.shape[1], rgb.shape[1], seed)
+        names = [f"{name}/{one.id}" for name in sorted(train) for one in _first(train[name], self.config.sample_limit)]
+        train_network(
+            network,
+            lambda index: self._training_pair(samples[index]),
+            len(samples),
+            self._training(),
+            seed=seed,
+            folder=folder,
+            identity=hashlib.sha256("\n".join([self.config.uff_pairs, *names]).encode()).hexdigest(),
+            device=self.device,
+            progress=progress,
+        )
+        self.uff_ = network
+
+    def save_shared(self, folder: Path) -> None:
+        """Write the trained fusion block. Raises RuntimeError without one."""
+        from mmad_cli.methods.m3dm.uff import save_network
+
+        if self.uff_ is None:
+            raise RuntimeError("there is no feature fusion block; call fit_shared or load_shared first")
+        save_network(self.uff_, folder / _NETWORK_FILE)
+
+    def load_shared(self, folder: Path) -> None:
+        """Read the fusion block that `save_shared` wrote."""
+        from mmad_cli.methods.m3dm.uff import load_network
+
+        self.uff_ = load_network(folder / _NETWORK_FILE).to(self.device)
+
+    # One category
+
+    def fit(
+        self,
+        train: FeatureSet,
+        validation: FeatureSet,
+        *,
+        seed: int,
+        progress: ProgressCallback | None = None,
+    ) -> None:
+        """Select the banks, then learn how to weigh them.
+
+        Features are gone through several times and never all held. `seed` starts the one random stream that the
+        projections of the point, RGB and fused bank draw from in turn. Raises DataError without training samples.
+        """
+        train = _first(train, self.config.sample_limit)
+        if len(train) == 0:
+            raise DataError("there are no training samples; a memory bank needs at least one good sample")
+        if self._fuses:
+            self._fusion_network()
+        plans = self._plan_banks(train)
+        weighed = self._fusion_samples(train, validation)
+        tell = _Progress(progress, sum(plan.kept for plan in plans) + len(weighed))
+        stream = np.random.RandomState(seed)
+        self.banks_ = {}
+        for plan in plans:
+            self.banks_[plan.name] = self._fit_bank(plan, stream, tell.part(plan.kept))
+        self.fusion_ = self._fit_fusion(weighed, tell.part(len(weighed))) if self.config.needs_decision_fusion else None
+
+    def predict(self, sample: SampleFeatures) -> Prediction:
+        """Score one sample. Raises RuntimeError before `fit` or `load`."""
+        scores = self.bank_scores(sample)
+        if len(scores) == 1:
+            return Prediction(scores[0].anomaly_map, scores[0].image_score)
+        if self.fusion_ is None:
+            joined = scores[0].anomaly_map + scores[1].anomaly_map
+            return Prediction(joined, scores[0].image_score + scores[1].image_score)
+        image_row, maps = self._weighted(scores)
+        return Prediction(self.fusion_.anomaly_map(maps), self.fusion_.image_score(image_row))
+
+    def bank_scores(self, sample: SampleFeatures) -> list[BankScore]:
+        """What each bank says of a sample, in the order of `config.parts`, before they are joined."""
+        if not hasattr(self, "banks_"):
+            raise RuntimeError("the method is not fitted; call fit or load first")
+        return [self._score(self.banks_[name], *rows, sample) for name, rows in self._patches(sample).items()]
+
+    def banks(self) -> dict[str, BankSize]:
+        """Sizes of the fitted banks."""
+        if not hasattr(self, "banks_"):
+            raise RuntimeError("the method is not fitted; call fit or load first")
+        return {name: BankSize(*map(int, bank.rows_.shape)) for name, bank in self.banks_.items()}
+
+    def save(self, folder: Path) -> None:
+        """Write banks, weighting and fusion block into an existing empty folder."""
+        from mmad_cli.methods.m3dm.uff import save_network
+
+        state: dict[str, Any] = {"banks": {name: [size.rows, size.dim] for name, size in self.banks().items()}}
+        if self.fusion_ is not None:
+            state["fusion"] = {"image": self.fusion_.image.tolist(), "pixel": self.fusion_.pixel.tolist()}
+        for name, bank in self.banks_.items():
+            bank.save(folder / _bank_file(name))
+        state["uff"] = self._fuses and self._fusion_network() is not None
+        if state["uff"] and self.uff_ is not None:
+            save_network(self.uff_, folder / _NETWORK_FILE)
+        (folder / _STATE_FILE).write_text(json.dumps(state) + "\n")
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote. Raises DataError when the files do not belong together."""
+        from mmad_cli.memory import MemoryBank
+
+        state = json.loads((folder / _STATE_FILE).read_text())
+        banks = {name: MemoryBank.load(folder / _bank_file(name), self.device) for name in self.config.parts}
+        sizes = {name: list(bank.rows_.shape) for name, bank in banks.items()}
+        if sizes != state["banks"] or self.config.needs_decision_fusion != ("fusion" in state):
+            raise DataError(f"{folder}: the memory banks are not those described in {_STATE_FILE}; fit again")
+        self.banks_, self.fusion_ = banks, None
+        if "fusion" in state:
+            self.fusion_ = DecisionFusion(*(np.asarray(state["fusion"][kind]) for kind in ("image", "pixel")))
+        if state["uff"]:
+            self.load_shared(folder)
+
+    def memory_estimate(self, n_train: int) -> int:
+        """Peak bytes of `fit` beyond the networks: projected rows of the largest bank, or banks with their indices."""
+        from mmad_cli.memory import projected_dimension
+
+        n = min(max(n_train, 1), self.config.sample_limit)
+        selecting, kept_bytes, first = 0, 0, 0
+        for name in self.config.parts:
+            rows = n * (_RGB_PATCHES if name == "rgb" else POINT_PATCHES)
+            kept = self._bank_config(rows, first).rows_to_keep(rows)
+            first = first or kept
+            width = projected_dimension(rows, _CHANNELS[name], self.config.coreset_eps) or _CHANNELS[name]
+            selecting = max(selecting, int(5.2 * rows * width) + kept_bytes)
+            kept_bytes += 4 * kept * _CHANNELS[name]
+        # per pixel: a score of every bank, and the sample weight, order and sign that the one-class machine makes
+        weighing = n * MAP_SIZE**2 * 8 * (len(self.config.parts) + 3) if self.config.needs_decision_fusion else 0
+        return max(selecting, 2 * kept_bytes + weighing) + 256 * _MEBIBYTE
+
+    # Features
+
+    @property
+    def _fuses(self) -> bool:
+        return "fused" in self.config.parts
+
+    def _patches(self, sample: SampleFeatures) -> dict[BankName, tuple[FloatArray, int]]:
+        """Patch rows of a sample and the side of their grid for each bank of the variant; not normalised."""
+        parts = self.config.parts
+        points = None if parts == ("rgb",) else point_patches(sample)
+        tokens, grid = (None, 0) if parts == ("points",) else rgb_patches(sample)
+        rows: dict[BankName, tuple[FloatArray, int]] = {}
+        for name in parts:
+            if name == "points" and points is not None:
+                rows[name] = points, POINT_GRID
+            elif name == "rgb" and tokens is not None:
+                rows[name] = tokens, grid
+            elif points is not None and tokens is not None:
+                rows[name] = self._fused(points, tokens, grid), POINT_GRID
+        return rows
+
+    def _rows(self, name: BankName, sample: SampleFeatures) -> FloatArray:
+        """Rows that a training sample gives to one bank, without making those of the others."""
+        if name == "rgb":
+            return rgb_patches(sample)[0]
+        points = point_patches(sample)
+        if name == "fused":
+            return self._fused(points, *rgb_patches(sample))
+        return points[(points != 0).all(axis=1)] if self._filters_zeros(name) else points
+
+    def _fused(self, points: FloatArray, tokens: FloatArray, grid: int) -> FloatArray:
+        from mmad_cli.methods.m3dm.uff import fuse
+
+        network = self._fusion_network()
+        if network is not None and (network.point_channels, network.rgb_channels) != (points.shape[1], tokens.shape[1]):
+            raise DataError(
+                f"the feature fusion block takes {network.point_channels} point and {network.rgb_channels} RGB "
+                f"channels, the features have {points.shape[1]} and {tokens.shape[1]}; choose other backbones, "
+                "uff=retrained or uff=concat"
+            )
+        return fuse(network, points, *on_point_grid(tokens, grid))
+
+    def _fusion_network(self) -> FusionNetwork | None:
+        if self.config.uff == "concat":
+            return None
+        if self.uff_ is None:
+            if self.config.uff == "retrained":
+                raise RuntimeError("uff=retrained: the feature fusion block is not trained; call fit_shared first")
+            from mmad_cli.methods.m3dm.uff import released_network
+
+            self.uff_ = released_network().to(self.device)
+        return self.uff_
+
+    def _training_pair(self, sample: SampleFeatures) -> tuple[Tensor, Tensor]:
+        import torch
+
+        tokens, grid = rgb_patches(sample)
+        points = torch.from_numpy(point_patches(sample))
+        if self.config.uff_pairs == "scrambled":
+            return points, torch.from_numpy(tokens[scrambled_cells(len(tokens))])
+        rgb, spread = (tokens, repeated_cells(grid)) if POINT_GRID % grid == 0 else on_point_grid(tokens, grid)
+        return points, torch.from_numpy(rgb[spread])
+
+    def _training(self) -> Training:
+        from mmad_cli.methods.m3dm.uff_training import Training
+
+        config = self.config
+        return Training(
+            recipe=config.uff_recipe,
+            temperature=config.uff_temperature,
+            rate=config.uff_rate,
+            batch=config.uff_batch,
+            accumulate=config.uff_accumulate,
+            epochs=config.uff_epochs,
+            warmup_epochs=config.uff_warmup_epochs,
+            steps=config.uff_steps,
+            cycle=config.uff_cycle,
+        )
+
+    # Banks
+
+    def _plan_banks(self, train: FeatureSet) -> list[_BankPlan]:
+        """What each bank will read and keep. Reads the features once where sizes or moments are not known without."""
+        config = self.config
+        fewer = train if config.asy_memory_bank is None else _first(train, config.asy_memory_bank)
+        surveys: dict[BankName, _Survey] = {}
+        for name in config.parts:
+            blocks = self._blocks(name, train if name == "rgb" else fewer)
+            surveys[name] = _survey(blocks, len(train if name == "rgb" else fewer), *self._survey_needs(name))
+        plans: list[_BankPlan] = []
+        for name, survey in surveys.items():
+            selection = self._bank_config(survey.rows, plans[0].kept if plans else 0)
+            plans.append(_BankPlan(name, survey, selection, *self._scale(name, surveys)))
+        return plans
+
+    def _blocks(self, name: BankName, samples: FeatureSet) -> Callable[[], Iterator[FloatArray]]:
+        def blocks() -> Iterator[FloatArray]:
+            channels = None
+            for sample in samples:
+                rows = self._rows(name, sample)
+                channels = channels or rows.shape[1]
+                if rows.shape[1] != channels:
+                    raise DataError(f"{sample.id}: {name} patches have {rows.shape[1]} channels, others {channels}")
+                yield rows
+
+        return blocks
+
+    def _survey_needs(self, name: BankName) -> tuple[bool, bool]:
+        """Whether rows have to be counted, and whether mean and deviation are needed."""
+        config = self.config
+        if config.norm == "per_bank" or config.variant == "dino":
+            return True, True
+        return self._filters_zeros(name), len(config.parts) > 1 and name != "fused"
+
+    def _scale(self, name: BankName, surveys: Mapping[BankName, _Survey]) -> tuple[float, float]:
+        """Mean and deviation that a bank is normalised with."""
+        if self.config.norm == "per_bank" or self.config.variant == "dino":
+            return surveys[name].mean, surveys[name].std
+        if len(surveys) == 1:
+            return 0.0, 1.0
+        return surveys["points"].mean, surveys["rgb"].std
+
+    def _filters_zeros(self, name: BankName) -> bool:
+        config = self.config
+        if name != "points":
+            return False
+        return config.rm_zero_for_project if not self._appends_zero_row else config.zero_row == "filtered"
+
+    @property
+    def _appends_zero_row(self) -> bool:
+        """Whether this is the variant that adds a row of zeros to its point bank in any case."""
+        return self.config.parts == ("points", "rgb", "fused")
+
+    def _bank_config(self, rows: int, first_kept: int) -> BankConfig:
+        """Selection from `rows` rows; `first_kept` rows stay in the first bank, 0 if this is the first."""
+        from mmad_cli.memory import BankConfig
+
+        config, count = self.config, None
+        if first_kept and config.coreset_count == "chained" and config.coreset_fraction < 1:
+            count = max(1, int(config.coreset_fraction * first_kept))
+        return BankConfig(
+            fraction=config.coreset_fraction,
+            count=count,
+            eps=config.coreset_eps,
+            projection="sparse",
+            coreset="greedy" if config.coreset_fraction < 1 else "all",
+            coreset_dtype=config.coreset_dtype,
+        )
+
+    def _fit_bank(self, plan: _BankPlan, stream: np.random.RandomState, progress: ProgressCallback) -> MemoryBank:
+        from mmad_cli.memory import MemoryBank
+
+        own = self.config.random_state
+        bank = MemoryBank(plan.selection)
+        if plan.survey.rows:
+            bank.fit(
+                plan.survey.blocks,
+                plan.survey.rows,
+                plan.survey.channels,
+                random_state=stream if own is None else np.random.RandomState(own),
+                device=self.device,
+                progress=progress,
+                mean=plan.mean,
+                std=plan.std,
+            )
+        else:
+            bank.mean_, bank.std_, bank.device = plan.mean, plan.std, self.device
+            bank.rows_ = np.empty((0, plan.survey.channels), dtype=np.float32)
+            bank.picks_ = np.empty(0, dtype=np.int64)
+        return self._with_zero_row(plan.name, bank)
+
+    def _with_zero_row(self, name: BankName, bank: MemoryBank) -> MemoryBank:
+        """The point bank without rows that hold a zero and with one background row, where the variant has that."""
+        if name != "points" or not (self._appends_zero_row or self.config.rm_zero_for_project):
+            return bank
+        kept = np.ones(len(bank.rows_), dtype=bool)
+        zero = np.zeros((1, bank.rows_.shape[1]), dtype=np.float32)
+        if self._filters_zeros(name):
+            zero = bank.normalise(zero)
+        else:
+            kept = (bank.rows_ != 0).all(axis=1)
+        bank.rows_ = np.concatenate([bank.rows_[kept], zero])
+        # -1: not a row of the training samples
+        bank.picks_ = np.append(bank.picks_[kept], -1)
+        return bank
+
+    # Scores
+
+    def _score(self, bank: MemoryBank, rows: FloatArray, grid: int, sample: SampleFeatures) -> BankScore:
+        from mmad_cli.memory import patch_distances, reweighted_score
+
+        if rows.shape[1] != bank.rows_.shape[1]:
+            raise DataError(
+                f"{sample.id}: patches have {rows.shape[1]} channels, the bank {bank.rows_.shape[1]}; "
+                "fit again with the same features"
+            )
+        patches = bank.normalise(rows)
+        distinct, position = _distinct(rows)
+        nearest, indices = patch_distances(patches[distinct], bank.index)
+        nearest, indices = nearest[position], indices[position]
+        image_score = reweighted_score(
+            patches,
+            bank.index,
+            nearest,
+            indices,
+            eps=self.config.weight_eps,
+            scale=self.config.scale,
+            form=self.config.score_form,
+        )
+        blur = blur_pillow8 if self.config.blur == "pillow8" else blur_float
+        return BankScore(blur(upsample(nearest, grid)), float(image_score))
+
+    def _weighted(self, scores: Sequence[BankScore]) -> tuple[FloatArray, list[FloatArray]]:
+        """Image scores (k,) and maps, times the weights that decision fusion takes them with."""
+        config, names = self.config, self.config.parts
+        image = [config.image_lambda(name) * score.image_score for name, score in zip(names, scores, strict=True)]
+        maps = [
+            np.float32(config.map_lambda(name)) * score.anomaly_map for name, score in zip(names, scores, strict=True)
+        ]
+        return np.asarray(image, dtype=np.float32), maps
+
+    def _fusion_samples(self, train: FeatureSet, validation: FeatureSet) -> FeatureSet:
+        if not self.config.needs_decision_fusion:
+            return _Samples([])
+        if self.config.dlf_fit == "train":
+            return train
+        if len(validation) == 0:
+            warnings.warn(
+                "dlf_fit=validation: there are no validation samples, so decision fusion learns from the training "
+                "samples; their scores are too good, as they are in the memory banks",
+                stacklevel=3,
+            )
+            return train
+        return validation
+
+    def _fit_fusion(self, samples: FeatureSet, progress: ProgressCallback) -> DecisionFusion:
+        """Score the samples against the banks and learn the weights. Holds one number per pixel, bank and sample."""
+        width, pixels = len(self.config.parts), MAP_SIZE * MAP_SIZE
+        image_rows = np.empty((len(samples), width), dtype=np.float64)
+        pixel_rows = np.empty((len(samples) * pixels, width), dtype=np.float64)
+        for i, sample in enumerate(samples):
+            image_rows[i], maps = self._weighted(self.bank_scores(sample))
+            for column, one in enumerate(maps):
+                pixel_rows[i * pixels : (i + 1) * pixels, column] = one.ravel()
+            progress(i + 1, len(samples))
+        config = self.config
+        settings = (config.ocsvm_nu, config.ocsvm_maxiter, config.ocsvm_random_state)
+        return DecisionFusion(
+            image=one_class_coefficients(image_rows, *settings, what="image scores"),
+            pixel=one_class_coefficients(pixel_rows, *settings, what="anomaly maps"),
+        )
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """Rows that a bank selects from; mean and deviation over all their entries where they are needed."""
+
+    blocks: Callable[[], Iterator[FloatArray]]
+    rows: int
+    channels: int
+    mean: float = 0.0
+    std: float = 1.0
+
+
+@dataclass(frozen=True)
+class _BankPlan:
+    name: BankName
+    survey: _Survey
+    selection: BankConfig
+    mean: float
+    std: float
+
+    @property
+    def kept(self) -> int:
+        """Rows that the selection keeps."""
+        return self.selection.rows_to_keep(self.survey.rows) if self.survey.rows else 0
+
+
+def _survey(blocks: Callable[[], Iterator[FloatArray]], samples: int, count: bool, moments: bool) -> _Survey:
+    """Sizes of a stream of blocks, and its moments; reads all of it only when asked for either."""
+    from mmad_cli.memory import scalar_moments
+
+    rows, channels, mean, std = 0, 0, 0.0, 1.0
+    if not (count or moments):
+        block = next(blocks())
+        return _Survey(blocks, len(block) * samples, block.shape[1])
+
+    def counted() -> Iterator[FloatArray]:
+        nonlocal rows, channels
+        rows = 0
+        for block in blocks():
+            rows, channels = rows + len(block), block.shape[1]
+            yield block
+
+    if moments and any(len(block) for block in blocks()):
+        mean, std = scalar_moments(counted)
+        # constant features: nothing to divide by
+        std = std if std > 0 else 1.0
+    else:
+        for _ in counted():
+            pass
+    return _Survey(blocks, rows, channels, mean, std)
+
+
+def _distinct(rows: FloatArray) -> tuple[Any, Any]:
+    """Indices of rows to look up, and for every row the position of its own among them.
+
+    Patches without points under them are exactly zero and often half of all; they are looked up once.
+    """
+    filled = rows.any(axis=1)
+    distinct = np.flatnonzero(filled)
+    position = np.full(len(rows), len(distinct))
+    position[filled] = np.arange(len(distinct))
+    if len(distinct) < len(rows):
+        distinct = np.append(distinct, np.argmin(filled))
+    return distinct, position
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Some samples of a feature set."""
+
+    samples: Sequence[SampleFeatures]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> SampleFeatures:
+        return self.samples[index]
+
+    def __iter__(self) -> Iterator[SampleFeatures]:
+        return iter(self.samples)
+
+
+def _first(features: FeatureSet, count: int) -> FeatureSet:
+    if len(features) <= count:
+        return features
+    return _Samples([features[i] for i in range(count)])
+
+
+class _Progress:
+    """One count over the selections of several banks and the samples that are scored after them."""
+
+    def __init__(self, callback: ProgressCallback | None, total: int) -> None:
+        self.callback, self.total = callback, total
+        self.begin, self.told = 0, 0.0
+
+    def part(self, size: int) -> ProgressCallback:
+        """Callback of the next part, of `size` steps."""
+        begin = self.begin
+        self.begin += size
+
+        def tell(done: int, _: int) -> None:
+            finished = begin + done >= self.total
+            if self.callback is not None and (finished or time.monotonic() - self.told > _PROGRESS_SECONDS):
+                self.told = time.monotonic()
+                self.callback(min(begin + done, self.total), self.total)
+
+        return tell
+
+
+def _bank_file(name: BankName) -> str:
+    return f"bank_{name}.safetensors"
+
+
+DEFINITION = MethodDefinition(
+    name="m3dm",
+    title="M3DM",
+    version=1,
+    config=M3DMConfig,
+    build=M3DM,
+    variants={
+        "dino": "RGB bank",
+        "point_mae": "point bank",
+        "fusion": "bank of fused features",
+        "dino+point_mae": "RGB and point bank, decision fusion",
+        "dino+point_mae+add": "RGB and point bank, scores added",
+        "dino+point_mae+fusion": "RGB, point and fused bank, decision fusion (the published method)",
+    },
+    default_variant="dino+point_mae+fusion",
+    modalities={
+        "dino": "RGB",
+        "point_mae": "3D",
+        "fusion": "RGB+3D",
+        "dino+point_mae": "RGB+3D",
+        "dino+point_mae+add": "RGB+3D",
+        "dino+point_mae+fusion": "RGB+3D",
+    },
+    protocol="m3dm",
+    recipes={"official": {}, "corrected": CORRECTED},
+    source="arXiv 2303.00601",
+    libraries=("numpy", "scipy", "scikit-learn", "torch", "faiss", "pillow"),
+    notes=(
+        "The published point network runs in training mode; here its batch statistics are kept and stochastic depth is "
+        "off, so features are deterministic (point_droppath=on draws it).",
+        "The published fusion block cannot be downloaded by name: `mmad weights import m3dm_uff FILE`, or set "
+        "uff=concat or uff=retrained.",
+        "The corrected recipe trains the fusion block on all categories first; that wants a GPU.",
+    ),
+    needs_validation=True,
+)

@@ -1,0 +1,119 @@
+"""Farthest point sampling and grouping against the published operators' choices and against plain loops."""
+
+import numpy as np
+import pytest
+import torch
+
+from mmad_cli.alignment import grouping
+from mmad_cli.alignment.grouping import farthest_points, group_neighbours
+
+CASES = [("group_s128_g1024", 1024, 128), ("group_s32_g128", 128, 32)]
+
+
+def literal_neighbours(points, centres, count):
+    rows = []
+    for centre in centres:
+        difference = points - centre
+        squared = difference[:, 0] ** 2 + difference[:, 1] ** 2 + difference[:, 2] ** 2
+        rows.append(np.argsort(squared, kind="stable")[:count])
+    return np.array(rows)
+
+
+def grid(side, step=0.001):
+    u, v = np.mgrid[:side, :side]
+    return np.stack([u * step, v * step, np.full((side, side), 0.5)], axis=-1).reshape(-1, 3).astype(np.float32)
+
+
+@pytest.mark.parametrize(("name", "groups", "size"), CASES)
+def test_published_choices(golden, cloud, name, groups, size):
+    chosen = farthest_points(cloud, groups)
+    assert np.array_equal(chosen, golden[f"{name}/fps_idx"])
+    members = group_neighbours(cloud, cloud[chosen], size)
+    assert np.array_equal(members[:, :8], golden[f"{name}/knn_first8"])
+    assert np.array_equal(members[golden[f"{name}/knn_full_groups"]], golden[f"{name}/knn_full"])
+    assert np.array_equal(members.sum(axis=1), golden[f"{name}/knn_sum_idx"])
+
+
+@pytest.mark.parametrize("name", ["fps_origin", "fps_all_origin"])
+def test_points_near_the_origin_are_no_centres(golden, name):
+    cloud, expected = golden[f"{name}/cloud"], golden[f"{name}/idx"]
+    chosen = farthest_points(cloud, len(expected))
+    assert np.array_equal(chosen, expected)
+    assert ((cloud[chosen[1:]] ** 2).sum(axis=1) > 1e-3).all() or not chosen.any()
+
+
+def test_the_origin_rule_can_be_switched_off(golden):
+    cloud = golden["fps_origin/cloud"]
+    near = np.flatnonzero((cloud**2).sum(axis=1) <= 1e-3)
+    assert not np.isin(farthest_points(cloud, 300)[1:], near).any()
+    assert np.isin(farthest_points(cloud, 300, skip_origin=False)[1:], near).any()
+
+
+def test_a_point_on_the_bound_is_judged_in_double_precision():
+    # float32(0.001) lies above 0.001, so this point is outside the bound
+    x = np.sqrt(np.float32(1e-3))
+    while x * x < np.float32(1e-3):
+        x = np.nextafter(x, np.float32(1))
+    points = np.array([[0, 0, 0], [x, 0, 0], [0, 0.01, 0]], dtype=np.float32)
+    assert farthest_points(points, 2).tolist() == [0, 1]
+
+
+def test_equal_distances_go_to_the_smallest_index():
+    points = np.array([[0, 0, 1], [1, 0, 1], [-1, 0, 1], [0, 1, 1]], dtype=np.float32)
+    assert farthest_points(points, 4).tolist() == [0, 1, 2, 3]
+    assert group_neighbours(points, points[:1], 3).tolist() == [[0, 1, 2]]
+
+
+def test_indices_repeat_when_points_run_out(caplog):
+    points = np.array([[0, 0, 1], [1, 0, 1]], dtype=np.float32)
+    assert farthest_points(points, 4).tolist() == [0, 1, 0, 0]
+    assert "4 centres of 2 points" in caplog.text
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.3, 30.0])
+def test_neighbours_on_a_grid_full_of_ties(offset):
+    # far from the origin float32 makes many distances equal that differ in float64
+    points = (grid(40, 0.00037) + np.float32(offset)).astype(np.float32)
+    centres = points[::97]
+    assert np.array_equal(group_neighbours(points, centres, 50), literal_neighbours(points, centres, 50))
+
+
+def test_neighbours_among_duplicates(rng):
+    points = np.repeat(rng.random((6, 3)), 40, axis=0).astype(np.float32)
+    centres = points[::40]
+    assert np.array_equal(group_neighbours(points, centres, 32), literal_neighbours(points, centres, 32))
+
+
+def test_all_points_may_be_neighbours(rng):
+    points = rng.random((30, 3)).astype(np.float32)
+    assert np.array_equal(group_neighbours(points, points, 30), literal_neighbours(points, points, 30))
+
+
+def test_the_gpu_path_makes_the_same_choices(cloud, golden):
+    chosen = grouping._farthest_points_torch(cloud, 128, True, "cpu")
+    assert np.array_equal(chosen, golden["group_s32_g128/fps_idx"])
+    members = grouping._neighbours_torch(cloud, cloud[chosen], 32, "cpu")
+    assert np.array_equal(members, group_neighbours(cloud, cloud[chosen], 32))
+    ties = grid(30)
+    assert np.array_equal(grouping._neighbours_torch(ties, ties, 20, "cpu"), group_neighbours(ties, ties, 20))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_and_cpu_agree(cloud):
+    chosen = farthest_points(cloud, 1024, device="cuda")
+    assert np.array_equal(chosen, farthest_points(cloud, 1024))
+    members = group_neighbours(cloud, cloud[chosen], 128, device="cuda")
+    assert np.array_equal(members, group_neighbours(cloud, cloud[chosen], 128))
+
+
+def test_wrong_arguments(rng):
+    points = rng.random((100, 3)).astype(np.float32)
+    with pytest.raises(ValueError, match="group size of 128, got 100"):
+        group_neighbours(points, points[:4])
+    with pytest.raises(ValueError, match="count: should be at least 1, got 0"):
+        farthest_points(points, 0)
+    with pytest.raises(ValueError, match=r"points: should be of shape \(n, 3\)"):
+        farthest_points(points[:, :2], 4)
+    with pytest.raises(ValueError, match="centres"):
+        group_neighbours(points, points[0], 4)
