@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class MmadError(Exception):
     """Base of every error that is reported without a traceback; `exit_code` follows the contract."""
 
     exit_code = 2
+
+
+# What a defect of ours or of a third party's code raises: for the places where one failing sample or category must not
+# cost the others. Not among them: KeyboardInterrupt, MmadError, ImportError (nothing else would work either).
+UNFORESEEN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    NameError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+_LISTED_AT_MOST = 20
 
 
 class UsageError(MmadError):
@@ -34,5 +54,16 @@ def unknown_name(kind: str, name: str, known: Iterable[str], option: str) -> Usa
     """Error for a name that does not exist, with the nearest known ones."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(known) or 'none'}"
+    hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {_listed(known)}"
     return UsageError(f"{option}: unknown {kind} {name!r}; {hint}")
+
+
+def unforeseen(error: BaseException) -> str:
+    """One line about an error that nobody foresaw: its kind, its words and where it was raised."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _LISTED_AT_MOST
+    return (", ".join(names[:_LISTED_AT_MOST]) or "none") + (f" and {more} more" if more > 0 else "")

@@ -7,7 +7,7 @@ knows no dataset, and takes its seed as an argument.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -150,7 +150,7 @@ class MethodDefinition:
 
     `recipes` maps a recipe to the switches in which it departs from the configuration's defaults; `variants` maps a
     variant to one line about it. `version` is raised whenever results change. `protocol` is the preprocessing that
-    the published numbers were made with.
+    the published numbers were made with, `other_protocols` are those of further published numbers.
     """
 
     name: str
@@ -167,7 +167,7 @@ class MethodDefinition:
     libraries: tuple[str, ...] = ("numpy",)
     notes: tuple[str, ...] = ()
     needs_validation: bool = False
-    references: tuple[str, ...] = field(default=())
+    other_protocols: tuple[str, ...] = ()
 
 
 def as_float32(array: NDArray[Any]) -> FloatArray:

@@ -274,6 +274,7 @@ DEFINITION = MethodDefinition(
         "rgb+fpfh": "RGB+3D",
     },
     protocol="m3dm",
+    other_protocols=("none",),
     recipes={
         "official": {},
         "corrected": {

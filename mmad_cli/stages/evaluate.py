@@ -435,7 +435,7 @@ def not_comparable_reasons(prepared: Prepared, samples: Mapping[str, CategorySam
     changed = [name for name, value in run.config_dump.items() if value != default[name]]
     if changed:
         reasons.append(f"settings: {', '.join(changed)} differ from the recipe")
-    if prepared.preprocessing.protocol != run.definition.protocol:
+    if prepared.preprocessing.protocol not in (run.definition.protocol, *run.definition.other_protocols):
         reasons.append(f"protocol: {prepared.preprocessing.protocol} instead of the method's {run.definition.protocol}")
     if request.recipe != "official":
         reasons.append(f"recipe: {request.recipe} departs from the published code")

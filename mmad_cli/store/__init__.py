@@ -1,7 +1,7 @@
 """Artefacts on disk: keys, atomic writes, locks, verification."""
 
 from mmad_cli.store.keys import library_version, library_versions, make_key
-from mmad_cli.store.raw import RawIndex
+from mmad_cli.store.raw import RawIndex, check_unchanged
 from mmad_cli.store.store import Artefact, CorruptArtefactError, Problem, Store, Usage, default_root
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "RawIndex",
     "Store",
     "Usage",
+    "check_unchanged",
     "default_root",
     "library_version",
     "library_versions",

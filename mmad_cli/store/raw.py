@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from mmad_cli.errors import DataError
 from mmad_cli.files import atomic_write
-from mmad_cli.store.keys import DIGEST_BYTES, digest_bytes
+from mmad_cli.store.keys import DIGEST_BYTES, canonical_json, digest_bytes
 
 
 class RawIndex:
@@ -20,16 +20,18 @@ class RawIndex:
 
     def __init__(self, store_root: Path, dataset_root: Path) -> None:
         self._root = dataset_root.absolute()
-        self._path = store_root / "raw" / f"{digest_bytes(str(self._root).encode())}.json"
+        self._path = store_root / "raw" / f"{digest_bytes(os.fsencode(self._root))}.json"
         self._known: dict[str, list[Any]] = self._load()
 
     def _load(self) -> dict[str, list[Any]]:
         try:
-            known = json.loads(self._path.read_bytes())["files"]
+            content = json.loads(self._path.read_bytes())
+            known = dict(content["files"])
+            sound = content["digest"] == _digest_of(known)
         except (OSError, ValueError, KeyError, TypeError):
             # a missing or damaged index only costs hashing again
             return {}
-        return dict(known) if isinstance(known, dict) else {}
+        return known if sound else {}
 
     def digests(
         self, paths: Iterable[Path], progress: Callable[[int, int], None] | None = None, threads: int = 4
@@ -60,7 +62,22 @@ class RawIndex:
     def _save(self) -> None:
         # merge with what another process learned meanwhile
         known = {**self._load(), **self._known}
-        atomic_write(self._path, json.dumps({"root": str(self._root), "files": known}).encode())
+        content = {"root": str(self._root), "digest": _digest_of(known), "files": known}
+        atomic_write(self._path, json.dumps(content).encode())
+
+
+def check_unchanged(files: Mapping[str, Path], digests: Mapping[str, str]) -> None:
+    """Raises DataError for a file whose content is no longer what its digest says; both are by role.
+
+    What was computed from such a file must not be kept under a key that was made from the digest.
+    """
+    for role, digest in digests.items():
+        if _hash_file(files[role]) != digest:
+            raise DataError(f"{files[role]}: was changed while this command ran; run the same command again")
+
+
+def _digest_of(known: Mapping[str, Any]) -> str:
+    return digest_bytes(canonical_json(known).encode())
 
 
 def _state(path: Path) -> list[int]:

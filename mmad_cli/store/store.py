@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmad_cli.errors import StoreError
+from mmad_cli.errors import StoreError, UsageError
 from mmad_cli.files import TEMPORARY_PREFIX, atomic_folder, atomic_write, translated_os_errors
 from mmad_cli.store.keys import canonical_json, digest_bytes, digest_tensors
 
@@ -36,6 +37,8 @@ ENVIRONMENT_VARIABLE = "MMAD_STORE"
 _METADATA = "mmad"
 # A temporary name older than this belongs to a process that was killed
 _STALE_SECONDS = 3600.0
+# File systems take 255 bytes
+_LONGEST_NAME = 200
 # Folders below the root that hold no artefacts under a key
 _NOT_ARTEFACTS = ("datasets", "locks", "raw", "runs", "work")
 
@@ -75,25 +78,39 @@ def default_root() -> Path:
     """`$MMAD_STORE`, else the user's cache folder."""
     chosen = os.environ.get(ENVIRONMENT_VARIABLE)
     if chosen:
-        return Path(chosen).expanduser()
+        return Path(chosen)
     from platformdirs import user_cache_path
 
     return user_cache_path("mmad", appauthor=False)
 
 
 def safe_name(name: str) -> str:
-    """A folder name for any category name: plain characters stay, the rest is percent-encoded."""
-    plain = "".join(c if c.isalnum() or c in "-_ " else "".join(f"%{b:02x}" for b in c.encode()) for c in name)
-    return plain or "%"
+    """A folder name for any category name: plain characters stay, the rest is percent-encoded.
+
+    A name that grows too long for a file system is cut and ends with its digest.
+    """
+    encoded = [c if c.isalnum() or c in "-_ " else "".join(f"%{b:02x}" for b in os.fsencode(c)) for c in name]
+    plain = "".join(encoded)
+    if len(os.fsencode(plain)) <= _LONGEST_NAME:
+        return plain or "%"
+    # a character takes at most 12 bytes when encoded
+    return f"{''.join(encoded[: _LONGEST_NAME // 24])}%{digest_bytes(os.fsencode(name))}"
 
 
 class Store:
     """Artefacts below one root folder. Safe for several processes at once."""
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = (root or default_root()).expanduser().absolute()
-        if self.root.exists() and not self.root.is_dir():
-            raise StoreError(f"--store: {self.root} is a file; name a folder")
+        chosen = root or default_root()
+        try:
+            self.root = chosen.expanduser().absolute()
+        except RuntimeError as error:
+            raise UsageError(
+                f"--store: {chosen} cannot be resolved, the home folder is not known; "
+                f"name a folder with --store or ${ENVIRONMENT_VARIABLE}"
+            ) from error
+        if os.path.lexists(self.root) and not os.path.isdir(self.root):  # noqa: PTH112 - Path raises without permission
+            raise UsageError(f"--store: {self.root} is not a folder; name one with --store or ${ENVIRONMENT_VARIABLE}")
 
     # -- places ----------------------------------------------------------------------------------------------
 
@@ -145,12 +162,16 @@ class Store:
         return _parse_tensors(path, path.read_bytes())
 
     def describe(self, artefact: Artefact) -> dict[str, Any]:
-        """Key, digest and size of a stored file, from its header alone."""
+        """Key, digest and size of a stored file, from its header alone.
+
+        Raises FileNotFoundError, or CorruptArtefactError naming the file.
+        """
         path = self.path(artefact)
         with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            digest = _header(path, file.read(length))["digest"]
-        return {"key": artefact.key, "digest": digest, "bytes": path.stat().st_size}
+            digest = _header(path, file.read(min(length, size)))["digest"]
+        return {"key": artefact.key, "digest": digest, "bytes": size}
 
     def remove(self, artefact: Artefact) -> None:
         """Forget a stored result of any kind."""
@@ -236,7 +257,7 @@ class Store:
                 continue
             counts = found.setdefault((parts[0], parts[1]), [0, 0])
             counts[0] += 1
-            counts[1] += path.stat().st_size
+            counts[1] += _size(path)
         return [Usage(stage, category, files, size) for (stage, category), (files, size) in sorted(found.items())]
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
@@ -257,8 +278,11 @@ class Store:
     def prune(self, dry_run: bool = False) -> tuple[list[Path], int]:
         """Remove what no existing run needs, stale temporary files and idle locks; return paths and bytes.
 
-        A run exists as long as its folder does; one that was interrupted before its first summary counts too.
+        A run exists as long as its folder does; one that was interrupted before its first summary counts too. A run
+        that starts meanwhile computes again what it misses.
         """
+        # listed before the runs are read: what a run adds after its announcement is not in the list
+        files = list(self._files())
         needed: set[str] = set()
         removable: list[Path] = []
         for record_path in sorted((self.root / "runs").glob("*.json")):
@@ -271,7 +295,7 @@ class Store:
                 needed.update(record["keys"])
             else:
                 removable.append(record_path)
-        for path in self._files():
+        for path in files:
             parts = path.relative_to(self.root).parts
             if len(parts) < 3 or parts[0] in _NOT_ARTEFACTS:
                 continue
@@ -279,37 +303,68 @@ class Store:
             if not keys & needed:
                 removable.append(path)
         removable += self._stale_temporaries()
-        size = sum(p.stat().st_size for p in removable if p.is_file())
+        size = sum(_size(path) for path in removable if path.is_file())
         if not dry_run:
             for path in removable:
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
                 else:
                     path.unlink(missing_ok=True)
+            self._remove_idle_locks()
             self._remove_empty_folders()
         return removable, size
 
+    def _walk(self) -> Iterator[tuple[Path, list[str], list[str]]]:
+        # os.walk passes over folders that another process removes meanwhile
+        for folder, folders, files in os.walk(self.root):
+            if Path(folder) == self.root and "datasets" in folders:
+                folders.remove("datasets")
+            folders.sort()
+            yield Path(folder), folders, sorted(files)
+
     def _files(self) -> Iterator[Path]:
-        if self.root.is_dir():
-            for path in sorted(self.root.rglob("*")):
-                inside = path.relative_to(self.root).parts
-                if (
-                    path.is_file()
-                    and inside[0] != "datasets"
-                    and not any(p.startswith(TEMPORARY_PREFIX) for p in inside)
-                ):
-                    yield path
+        for folder, folders, files in self._walk():
+            folders[:] = [name for name in folders if not name.startswith(TEMPORARY_PREFIX)]
+            yield from (folder / name for name in files if not name.startswith(TEMPORARY_PREFIX))
 
     def _stale_temporaries(self) -> list[Path]:
         oldest = time.time() - _STALE_SECONDS
-        if not self.root.is_dir():
-            return []
-        return [p for p in self.root.rglob(f"{TEMPORARY_PREFIX}*") if p.stat().st_mtime < oldest]
+        found = [
+            folder / name
+            for folder, folders, files in self._walk()
+            for name in (*folders, *files)
+            if name.startswith(TEMPORARY_PREFIX)
+        ]
+        return [path for path in found if _modified(path) < oldest]
+
+    def _remove_idle_locks(self) -> None:
+        from filelock import FileLock, Timeout
+
+        for path in (self.root / "locks").glob("*/*.lock"):
+            # removed while held, so nobody else can hold it; who waits for it notices and makes a new one
+            with contextlib.suppress(Timeout, OSError), FileLock(path, timeout=0):
+                path.unlink(missing_ok=True)
 
     def _remove_empty_folders(self) -> None:
-        for folder in sorted((p for p in self.root.rglob("*") if p.is_dir()), reverse=True):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        for folder, _, _ in sorted(self._walk(), reverse=True):
+            if folder != self.root:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        # another process has removed it meanwhile
+        return 0
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
 
 
 def _corrupt(path: Path, reason: str) -> CorruptArtefactError:

@@ -73,8 +73,10 @@ def test_rounding_shows_near_centres_only(cloud, centres):
 
 def test_direct_stands_in_for_weights_that_are_not_finite(cloud, centres, monkeypatch):
     monkeypatch.setattr(interpolation, "_expanded", lambda p, c, i: np.full(i.shape, -1e-8, dtype=np.float32))
-    for ours, exact in zip(nearest_centres(cloud[:50], centres, "expanded"), nearest_centres(cloud[:50], centres)):
-        assert np.array_equal(ours, exact)
+    indices, weights = nearest_centres(cloud[:50], centres, "expanded")
+    exact_indices, exact_weights = nearest_centres(cloud[:50], centres, "direct")
+    assert np.array_equal(indices, exact_indices)
+    assert np.array_equal(weights, exact_weights)
 
 
 def test_a_point_on_a_centre_takes_its_feature(centres):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmad_cli.errors import StoreError
+from mmad_cli.errors import StoreError, UsageError
 from mmad_cli.files import atomic_write
 from mmad_cli.store import Artefact, CorruptArtefactError, RawIndex, Store, make_key
 from mmad_cli.store.keys import canonical_json, digest_tensors
@@ -318,5 +318,5 @@ def test_raw_index_survives_damage(tmp_path: Path) -> None:
 
 def test_store_refuses_a_file_as_root(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("")
-    with pytest.raises(StoreError, match="is a file"):
+    with pytest.raises(UsageError, match="is not a folder"):
         Store(tmp_path / "x")
