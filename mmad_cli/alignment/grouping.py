@@ -23,6 +23,9 @@ _log = logging.getLogger(__name__)
 ORIGIN_RADIUS_SQUARED = 1e-3
 
 _START_DISTANCE = 1e10
+# steps of farthest point sampling between two rounds of parking, and how far below the expected last distance
+_PARKING_INTERVAL = 32
+_PARKING_MARGIN = 0.5
 # neighbours asked for beyond the wanted ones, so that rounding to float32 cannot push one out
 _SPARE = 16
 # the relative error of a squared distance in float32 is below 3e-7
@@ -52,19 +55,65 @@ def farthest_points(
 
 
 def _farthest_points_numpy(cloud: FloatArray, count: int, skip_origin: bool) -> IndexArray:
+    """The loop, on the points that can still be chosen.
+
+    A distance never grows, so a point below the distance of the last choice is never chosen. That distance is not
+    known before the end: points well below what it should be (on a surface squared distances fall as 1 / step) are
+    parked, and come back, brought up to date, if the largest distance does fall below them.
+    """
     axes = np.ascontiguousarray(cloud.T)
-    distance = _start_distances(axes, skip_origin)
-    difference = np.empty_like(axes)
+    active = _Points(np.arange(len(cloud)), axes, _start_distances(axes, skip_origin))
+    parked: list[tuple[int, _Points]] = []
+    bound, may_park = -np.inf, True
     chosen = np.zeros(count, dtype=np.int64)
     for step in range(1, count):
-        np.subtract(axes, axes[:, chosen[step - 1], None], out=difference)
+        active.approach(cloud[chosen[step - 1]])
+        best = active.distance.argmax()
+        if active.distance[best] < bound:
+            active = _with_parked(active, parked, cloud[chosen[:step]])
+            best = active.distance.argmax()
+            bound, may_park = -np.inf, False
+        chosen[step] = active.index[best]
+        if may_park and step % _PARKING_INTERVAL == 0 and active.distance[best] > 0:
+            bound = _PARKING_MARGIN * float(active.distance[best]) * step / count
+            below = active.distance < bound
+            parked.append((step, active.part(np.flatnonzero(below))))
+            active = active.part(np.flatnonzero(~below))
+    return chosen
+
+
+class _Points:
+    """Points with their squared distance to the chosen ones: index (n,) ascending, axes (3, n), distance (n,)."""
+
+    def __init__(self, index: IndexArray, axes: FloatArray, distance: FloatArray) -> None:
+        self.index, self.axes, self.distance = index, axes, distance
+        self._difference = np.empty_like(axes)
+
+    def approach(self, point: FloatArray) -> None:
+        """Take one more chosen point (3,) into account."""
+        difference = self._difference
+        np.subtract(self.axes, point[:, None], out=difference)
         np.multiply(difference, difference, out=difference)
         # left to right, as the operator adds them: another order rounds differently
         np.add(difference[0], difference[1], out=difference[0])
         np.add(difference[0], difference[2], out=difference[0])
-        np.minimum(distance, difference[0], out=distance)
-        chosen[step] = distance.argmax()
-    return chosen
+        np.minimum(self.distance, difference[0], out=self.distance)
+
+    def part(self, which: IndexArray) -> _Points:
+        """Those at positions `which`."""
+        return _Points(self.index[which], self.axes.take(which, axis=1), self.distance[which])
+
+
+def _with_parked(active: _Points, parked: list[tuple[int, _Points]], chosen: FloatArray) -> _Points:
+    """All points again, each having seen every chosen point (n, 3); a part parked at step i has seen the first i."""
+    for step, points in parked:
+        for point in chosen[step:]:
+            points.approach(point)
+    every = [active, *(points for _, points in parked)]
+    index = np.concatenate([points.index for points in every])
+    axes = np.concatenate([points.axes for points in every], axis=1)
+    joined = _Points(index, axes, np.concatenate([points.distance for points in every]))
+    return joined.part(np.argsort(index))
 
 
 def _farthest_points_torch(cloud: FloatArray, count: int, skip_origin: bool, device: str) -> IndexArray:

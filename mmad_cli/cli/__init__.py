@@ -7,6 +7,8 @@ import sys
 
 def main() -> None:
     """Entry point of the `mmad` command; ends the process with the exit code of the contract."""
-    from mmad_cli.cli.app import run
-
+    try:
+        from mmad_cli.cli.app import run
+    except KeyboardInterrupt:
+        sys.exit(130)
     sys.exit(run(sys.argv[1:]))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from typing import Annotated
+import traceback
+from typing import Annotated, Any
 
-import click
 import typer
 
 from mmad_cli._version import __version__
@@ -23,9 +21,16 @@ from mmad_cli.cli import (
     synth,
     weights,
 )
-from mmad_cli.errors import MmadError
+from mmad_cli.cli.console import print_err, print_out
+from mmad_cli.errors import UNFORESEEN, MmadError
+from mmad_cli.files import is_no_space
 
+WRONG_INPUT = 2
+UNFINISHED = 3
 INTERRUPTED = 130
+
+# Recent releases of typer carry a copy of click, whose errors are not those of an installed click
+_ClickError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 app = typer.Typer(
     name="mmad",
@@ -53,7 +58,7 @@ app.command("doctor")(doctor.doctor)
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"mmad {__version__}")
+        print_out(f"mmad {__version__}")
         raise typer.Exit
 
 
@@ -71,16 +76,31 @@ def run(arguments: list[str]) -> int:
     try:
         outcome = app(arguments, standalone_mode=False, prog_name="mmad")
     except MmadError as error:
-        typer.echo(f"error: {error}", err=True)
+        print_err(f"error: {error}")
         return error.exit_code
-    except click.exceptions.ClickException as error:
+    except _ClickError as error:
         error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        typer.echo("interrupted; what was finished is kept, the same command resumes", err=True)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # the reader of our output has gone; nothing is left to say to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        outcome = INTERRUPTED
+    except SystemExit:
+        # typer and rich end like this when the reader of a help text has gone
         return 0
+    except ImportError as error:
+        print_err(f"error: {error}; `mmad doctor` says what to install")
+        return UNFINISHED
+    except UNFORESEEN as error:
+        # the interpreter's own exit code for this is 1, which would tell CI that a number is out of tolerance
+        return _unforeseen(error)
+    if outcome == INTERRUPTED:
+        print_err("interrupted; what was finished is kept, the same command resumes")
     return outcome if isinstance(outcome, int) else 0
+
+
+def _unforeseen(error: BaseException) -> int:
+    if isinstance(error, OSError) and error.strerror is not None:
+        print_err(f"error: {error.filename or 'output'}: {error.strerror}")
+        return UNFINISHED if is_no_space(error) else WRONG_INPUT
+    print_err("".join(traceback.format_exception(error)).rstrip())
+    print_err("error: this is a defect of mmad; please report the lines above. What was finished is kept")
+    return UNFINISHED

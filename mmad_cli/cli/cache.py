@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mmad_cli.cli.console import ConsoleReporter, print_json, print_out, print_rich
 from mmad_cli.cli.options import Json, StoreOption
 
 app = typer.Typer(
@@ -26,7 +27,6 @@ def info(store: StoreOption = None, json: Json = False) -> None:
 
     from rich.table import Table
 
-    from mmad_cli.cli.console import print_json, print_rich
     from mmad_cli.store import Store
 
     place = Store(store)
@@ -53,7 +53,6 @@ def verify(store: StoreOption = None, json: Json = False) -> int:
 
     Example: mmad cache verify
     """
-    from mmad_cli.cli.console import ConsoleReporter, print_json
     from mmad_cli.store import Store
 
     with ConsoleReporter() as reporter, reporter.task("verifying", 0) as advance:
@@ -62,8 +61,8 @@ def verify(store: StoreOption = None, json: Json = False) -> int:
         print_json([{"file": str(problem.path), "reason": problem.reason} for problem in problems])
     else:
         for problem in problems:
-            typer.echo(f"damaged: {problem.reason}")
-        typer.echo(f"{len(problems)} damaged" if problems else "all sound")
+            print_out(f"damaged: {problem.reason}")
+        print_out(f"{len(problems)} damaged" if problems else "all sound")
     return DAMAGED if problems else 0
 
 
@@ -77,7 +76,6 @@ def prune(
 
     Example: mmad cache prune --dry-run
     """
-    from mmad_cli.cli.console import print_json
     from mmad_cli.store import Store
 
     paths, size = Store(store).prune(dry_run=dry_run)
@@ -85,4 +83,4 @@ def prune(
         print_json({"files": [str(path) for path in paths], "bytes": size, "removed": not dry_run})
         return
     verb = "would remove" if dry_run else "removed"
-    typer.echo(f"{verb} {len(paths)} files, {size / 1e6:.1f} MB")
+    print_out(f"{verb} {len(paths)} files, {size / 1e6:.1f} MB")

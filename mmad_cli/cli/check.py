@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import typer
-
+from mmad_cli.cli.console import ConsoleReporter, print_json, print_out, print_rich
 from mmad_cli.cli.options import Categories, Data, Json, Workers
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ def check(data: Data, category: Categories = None, workers: Workers = None, json
 
     Example: mmad check data/mvtec3d
     """
-    from mmad_cli.cli.console import ConsoleReporter, print_json, print_rich
     from mmad_cli.datasets.check import check_dataset
     from mmad_cli.stages.executor import resolve_workers
 
@@ -35,10 +33,10 @@ def check(data: Data, category: Categories = None, workers: Workers = None, json
         print_rich(_counts(found))
         for finding in found.findings:
             place = f"{finding.file}: " if finding.file else f"{finding.category}: " if finding.category else ""
-            typer.echo(
+            print_out(
                 f"{finding.level}: {place}{finding.message}" + (f" -> {finding.advice}" if finding.advice else "")
             )
-        typer.echo("usable" if found.usable else "not usable as it is")
+        print_out("usable" if found.usable else "not usable as it is")
     return 0 if found.usable else UNUSABLE
 
 

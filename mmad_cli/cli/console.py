@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-import typer
+from mmad_cli.errors import StoreError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -20,17 +21,61 @@ if TYPE_CHECKING:
 _WORTH_A_LINE = 1.0
 
 
+def print_out(text: str, end: str = "\n") -> None:
+    """Text on standard output."""
+    _write(sys.stdout, text + end)
+
+
+def print_err(text: str) -> None:
+    """A line on standard error."""
+    _write(sys.stderr, f"{text}\n")
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    if stream is None:
+        # closed by whoever started this process
+        return
+    with _reader_may_leave(stream):
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:
+            stream.write(text.encode(stream.encoding, "backslashreplace").decode(stream.encoding))
+
+
+@contextlib.contextmanager
+def _reader_may_leave(stream: TextIO) -> Iterator[None]:
+    """Flush at the end. A reader that has left (`| head`) stops neither the work nor the exit code that tells of it."""
+    try:
+        yield
+        stream.flush()
+    except (BrokenPipeError, SystemExit):
+        # rich turns the first into the second
+        _discard(stream)
+    except OSError as error:
+        _discard(stream)
+        raise StoreError(f"{stream.name}: cannot be written ({error.strerror}); the work itself is done") from error
+
+
+def _discard(stream: TextIO) -> None:
+    """Send the rest nowhere; else the interpreter would complain about it when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 def print_json(value: Any) -> None:
-    """JSON on standard output."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    """JSON on standard output, in ASCII: any terminal and any pipe takes it unchanged."""
+    print_out(json.dumps(value, indent=2, default=str))
 
 
 def print_rich(renderable: RenderableType) -> None:
     """A table or text on standard output, as wide as the terminal (or wide enough, in a file)."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 160
-    Console(width=width).print(renderable)
+    if sys.stdout is None:
+        return
+    with _reader_may_leave(sys.stdout):
+        Console(width=None if sys.stdout.isatty() else 160).print(renderable)
 
 
 class ConsoleReporter:
@@ -95,4 +140,7 @@ class ConsoleReporter:
             self._print(message)
 
     def _print(self, message: str) -> None:
-        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+        if self._progress is None:
+            print_err(message)
+        else:
+            self._console.print(message, markup=False, highlight=False, soft_wrap=True)

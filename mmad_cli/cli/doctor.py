@@ -10,9 +10,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import typer
-
 from mmad_cli._version import __version__
+from mmad_cli.cli.console import print_err, print_json, print_rich
 from mmad_cli.cli.options import Json, StoreOption
 
 INCOMPLETE = 3
@@ -56,7 +55,6 @@ def doctor(store: StoreOption = None, json: Json = False) -> int:
 
     Example: mmad doctor
     """
-    from mmad_cli.cli.console import print_json, print_rich
 
     checks = [
         Check("mmad", __version__, True),
@@ -86,7 +84,7 @@ def doctor(store: StoreOption = None, json: Json = False) -> int:
         print_rich(table)
     wrong = [check for check in checks if not check.ok]
     if wrong and not json:
-        typer.echo(f"{len(wrong)} to mend", err=True)
+        print_err(f"{len(wrong)} to mend")
     return INCOMPLETE if wrong else 0
 
 

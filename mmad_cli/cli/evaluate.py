@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmad_cli.cli.console import ConsoleReporter, print_err, print_json, print_out, print_rich
 from mmad_cli.cli.options import (
     Categories,
     Debris,
@@ -85,7 +86,6 @@ def evaluate(
 
     Example: mmad evaluate --method btf --variant fpfh --category biscuit
     """
-    from mmad_cli.cli.console import ConsoleReporter, print_json
     from mmad_cli.methods import parse_settings
     from mmad_cli.stages.default_data import default_dataset
     from mmad_cli.stages.evaluate import EvaluateRequest
@@ -125,7 +125,7 @@ def evaluate(
     else:
         _show_table([result for result, _ in results])
         for _, written in results:
-            typer.echo(f"run: {_short(written)}", err=True)
+            print_err(f"run: {_short(written)}")
     incomplete = any(result.failed_categories for result, _ in results)
     return INCOMPLETE if incomplete else 0
 
@@ -152,7 +152,6 @@ def _short(path: Path) -> Path:
 
 
 def _show_table(results: list) -> None:  # type: ignore[type-arg]
-    from mmad_cli.cli.console import print_rich
     from mmad_cli.reports import render_rich
 
     print_rich(render_rich(results))
@@ -160,8 +159,6 @@ def _show_table(results: list) -> None:  # type: ignore[type-arg]
 
 def _show_plan(lines: list[tuple[EvaluateRequest, PlanLine]], as_json: bool) -> None:
     from dataclasses import asdict
-
-    from mmad_cli.cli.console import print_json, print_rich
 
     if as_json:
         print_json([{"method": request.method, "variant": request.variant, **asdict(line)} for request, line in lines])
@@ -187,4 +184,4 @@ def _show_plan(lines: list[tuple[EvaluateRequest, PlanLine]], as_json: bool) -> 
     print_rich(table)
     disk = sum(line.disk_bytes for _, line in lines) / 1e9
     peak = max((line.memory_bytes for _, line in lines), default=0) / 1e9
-    typer.echo(f"disk for the store: about {disk:.2f} GB; peak memory beyond the networks: about {peak:.2f} GB")
+    print_out(f"disk for the store: about {disk:.2f} GB; peak memory beyond the networks: about {peak:.2f} GB")

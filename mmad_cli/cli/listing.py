@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmad_cli.cli.console import print_err, print_json, print_rich
 from mmad_cli.cli.options import Json
 
 if TYPE_CHECKING:
@@ -24,13 +25,11 @@ def show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from mmad_cli.cli.console import print_json, print_rich
-
     if as_json:
         print_json(list(rows))
         return
     if not rows:
-        typer.echo("none", err=True)
+        print_err("none")
         return
     table = Table()
     for name in rows[0]:

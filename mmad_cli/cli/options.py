@@ -55,7 +55,7 @@ Recipe = Annotated[str, typer.Option("--recipe", help="official (as published, q
 Variant = Annotated[
     str | None, typer.Option("--variant", help="A published ablation; see `mmad list variants`.", show_default=False)
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random in the method.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random in the method.")]
 Shots = Annotated[
     int | None,
     typer.Option("--shots", help="Draw this many training samples per category at random.", show_default=False),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmad_cli.cli.console import ConsoleReporter, print_err, print_json
 from mmad_cli.cli.options import (
     Categories,
     Data,
@@ -45,7 +46,6 @@ def preprocess(
 
     Example: mmad preprocess data/mvtec3d --protocol m3dm --workers 8
     """
-    from mmad_cli.cli.console import ConsoleReporter
     from mmad_cli.stages import pipeline
     from mmad_cli.stages.plan import Selection
 
@@ -63,16 +63,15 @@ def preprocess(
 
 def show_outcomes(outcomes: Sequence[CategoryOutcome], as_json: bool) -> int:
     """What a stage did per category, failures by name; returns the exit code."""
-    from mmad_cli.cli.console import print_json
 
     if as_json:
         print_json([_as_dict(outcome) for outcome in outcomes])
     else:
         for outcome in outcomes:
-            typer.echo(f"{outcome.category}: {_summary(outcome)}", err=True)
+            print_err(f"{outcome.category}: {_summary(outcome)}")
             for report in outcome.reports.values():
                 for sample, message in report.failures.items():
-                    typer.echo(f"error: {outcome.category} {sample}: {message}", err=True)
+                    print_err(f"error: {outcome.category} {sample}: {message}")
     return 0 if all(outcome.ok for outcome in outcomes) else INCOMPLETE
 
 

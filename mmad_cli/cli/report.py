@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmad_cli.cli.console import print_err, print_out, print_rich
 from mmad_cli.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -58,7 +59,6 @@ def report(
 
     Example: mmad report runs/btf-fpfh-mvtec3d-1a2b3c4d --against btf-readme --tolerance 0.01
     """
-    from mmad_cli.cli.console import print_rich
     from mmad_cli.files import atomic_write
     from mmad_cli.reports import FORMATS, render, render_rich
     from mmad_cli.results.compare import exit_code
@@ -68,16 +68,18 @@ def report(
     for option, value in (("--tolerance", tolerance), ("--category", category)):
         if value and against is None:
             raise UsageError(f"{option}: needs --against")
+    if output is not None and output.is_dir():
+        raise UsageError(f"--output {output}: is a folder; name a file")
     results = _load(runs or [])
     metrics = _metrics(metric or [])
     comparisons = [] if against is None else _compare(results, against, tolerance or [], metrics, category)
     if output is not None:
-        atomic_write(output, render(results, format, metrics, comparisons).encode())
-        typer.echo(f"written: {output}", err=True)
+        atomic_write(output, render(results, format, metrics, comparisons).encode(errors="surrogateescape"))
+        print_err(f"written: {output}")
     elif format == "table":
         print_rich(render_rich(results, metrics, comparisons))
     else:
-        typer.echo(render(results, format, metrics, comparisons), nl=False)
+        print_out(render(results, format, metrics, comparisons), end="")
     return exit_code(comparisons)
 
 

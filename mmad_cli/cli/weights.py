@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmad_cli.cli.console import print_err
 from mmad_cli.cli.options import Json
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def fetch(
 
     for name in names:
         record = fetch_one(name, progress=True)
-        typer.echo(f"{name}: {record.path}", err=True)
+        print_err(f"{name}: {record.path}")
 
 
 @app.command("import")
@@ -60,7 +61,7 @@ def import_(
 
     record = import_file(name, file)
     note = "the published file" if record.official else "not the published file: runs with it are not comparable"
-    typer.echo(f"{name}: {record.path} ({note})", err=True)
+    print_err(f"{name}: {record.path} ({note})")
 
 
 @app.command("verify")

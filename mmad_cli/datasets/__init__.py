@@ -12,38 +12,25 @@ if TYPE_CHECKING:
     from mmad_cli.datasets.base import Dataset
 
 DATASETS: dict[str, str] = {
-    "mvtec3d": "MVTec 3D-AD, and own data in its layout: " + "<category>/<split>/<defect>/{rgb,xyz,gt}",
+    "mvtec3d": "MVTec 3D-AD: <category>/<split>/<defect>/{rgb,xyz,gt}",
     "synthetic": "generated scans with exact masks, in the layout of MVTec 3D-AD (mmad synth)",
+    "folder": "own data in the layout of MVTec 3D-AD, with any category and defect names",
 }
 """Datasets and layouts that are read, with a description."""
-
-_TRAIN_COUNTS: dict[str, dict[str, int]] = {
-    "mvtec3d": {
-        "bagel": 244,
-        "cable_gland": 223,
-        "carrot": 286,
-        "cookie": 210,
-        "dowel": 288,
-        "foam": 236,
-        "peach": 361,
-        "potato": 300,
-        "rope": 298,
-        "tire": 210,
-    },
-}
 
 
 def published_train_counts(name: str) -> dict[str, int]:
     """Training samples per category of the published dataset `name`; empty for data that is not published."""
-    return dict(_TRAIN_COUNTS.get(name, {}))
+    from mmad_cli.datasets.mvtec3d import TRAIN_COUNTS
+
+    return dict(TRAIN_COUNTS) if name == "mvtec3d" else {}
 
 
 def describe_datasets() -> list[dict[str, Any]]:
     """Name, description and categories of every dataset that is known."""
     from mmad_cli.datasets.synthetic import CATEGORIES
 
-    categories = {name: sorted(counts) for name, counts in _TRAIN_COUNTS.items()}
-    categories["synthetic"] = sorted(CATEGORIES)
+    categories = {"mvtec3d": sorted(published_train_counts("mvtec3d")), "synthetic": sorted(CATEGORIES)}
     return [
         {"name": name, "description": text, "categories": categories.get(name, [])} for name, text in DATASETS.items()
     ]

@@ -66,7 +66,11 @@ class Dataset(Protocol):
 
     @property
     def name(self) -> str:
-        """The name of the dataset or layout in `mmad_cli.datasets.DATASETS`."""
+        """The name of the dataset in `mmad_cli.datasets.DATASETS`; run results carry it."""
+
+    @property
+    def layout(self) -> str:
+        """The name of the layout on disk; several datasets may share one."""
 
     @property
     def root(self) -> Path:

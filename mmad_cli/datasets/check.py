@@ -126,7 +126,7 @@ def check_dataset(
             findings.extend(_once_per_category(name, facts))
             findings.extend(_leaks(name, facts))
     counts = {name: _count(listing.refs) for name, listing in listings.items()}
-    return CheckReport(dataset.root, dataset.name, counts, tuple(findings))
+    return CheckReport(dataset.root, dataset.layout, counts, tuple(findings))
 
 
 def _count(refs: Sequence[SampleRef]) -> dict[str, dict[str, int]]:

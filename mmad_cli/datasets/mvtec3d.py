@@ -20,6 +20,20 @@ from mmad_cli.types import GOOD, SPLITS, Sample, SampleRef, Split
 
 SYNTHETIC_MARKER = "synthetic.json"
 
+# Training samples per category of the published dataset
+TRAIN_COUNTS = {
+    "bagel": 244,
+    "cable_gland": 223,
+    "carrot": 286,
+    "cookie": 210,
+    "dowel": 288,
+    "foam": 236,
+    "peach": 361,
+    "potato": 300,
+    "rope": 298,
+    "tire": 210,
+}
+
 ENDINGS = {"rgb": (".png",), "xyz": (".tiff", ".tif"), "gt": (".png",)}
 
 LAYOUT = "<root>/<category>/<split>/<defect>/{rgb/*.png, xyz/*.tiff, gt/*.png}, split train, validation or test"
@@ -34,8 +48,15 @@ class Mvtec3dDataset:
 
     @property
     def name(self) -> str:
-        """`synthetic` for a generated dataset, else `mvtec3d`."""
-        return "synthetic" if (self.root / SYNTHETIC_MARKER).is_file() else "mvtec3d"
+        """`synthetic` for a generated dataset, `mvtec3d` with categories of that name, `folder` for own data."""
+        if (self.root / SYNTHETIC_MARKER).is_file():
+            return "synthetic"
+        return "mvtec3d" if TRAIN_COUNTS.keys() & set(self.categories()) else "folder"
+
+    @property
+    def layout(self) -> str:
+        """`mvtec3d`, whatever the content."""
+        return "mvtec3d"
 
     def categories(self) -> list[str]:
         """Folders with at least one split folder, sorted; or the only one."""

@@ -21,7 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmad_cli.errors import DataError
-from mmad_cli.methods.base import MAP_SIZE, BankSize, Method, MethodDefinition, Prediction, SampleFeatures
+from mmad_cli.methods.base import (
+    MAP_SIZE,
+    BankSize,
+    Method,
+    MethodDefinition,
+    Prediction,
+    SampleFeatures,
+    SharedTraining,
+)
 from mmad_cli.methods.registry import build_config
 
 if TYPE_CHECKING:
@@ -35,6 +43,7 @@ MakeFeatures = Callable[[Mapping[str, "FeatureSpec"], str], Mapping[str, Arrays]
 TRAIN_COUNT = 2
 TEST_COUNT = 2
 TINY_CHANNELS = 6
+TINY_GROUPS = 64
 
 
 class MethodCheckError(AssertionError):
@@ -72,7 +81,8 @@ def make_features(specs: Mapping[str, FeatureSpec], sample_id: str) -> dict[str,
     """Random but plausible arrays for known backbones, a function of the sample id only.
 
     timm outputs (6 channels each, grid as of a network with stride 2 per stage), timm tokens (28 x 28, 6
-    channels), FPFH of a disc of points, a Z image of the same disc. Raises ValueError for another backbone.
+    channels), FPFH of a disc of points, a Z image of the same disc, tokens of 64 point groups on the same disc
+    (6 channels). Raises ValueError for another backbone.
     """
     random = np.random.default_rng(zlib.crc32(sample_id.encode()))
     return {name: _arrays(spec, random) for name, spec in sorted(specs.items())}
@@ -115,13 +125,34 @@ class _Bench:
     settings: dict[str, Any]
     device: str
     shared: list[Method] = field(default_factory=list)
+    learned: list[tempfile.TemporaryDirectory[str]] = field(default_factory=list)
 
-    def unfitted(self) -> Method:
+    def built(self) -> Method:
         config = build_config(self.definition, self.variant, self.recipe, self.settings)
         return self.definition.build(config, self.device)
 
+    def unfitted(self) -> Method:
+        """A method that has what it learns across categories, as a stage hands it to a category."""
+        method = self.built()
+        if isinstance(method, SharedTraining) and method.needs_shared():
+            if not self.learned:
+                self.learned.append(self.learn_shared())
+            method.load_shared(Path(self.learned[0].name))
+        return method
+
+    def learn_shared(self) -> tempfile.TemporaryDirectory[str]:
+        """Train across two categories and save; the folder lives as long as what is returned."""
+        method = self.built()
+        if not isinstance(method, SharedTraining):
+            raise self.fail("needs_shared() without the other functions of SharedTraining")
+        folder: tempfile.TemporaryDirectory[str] = tempfile.TemporaryDirectory()
+        with tempfile.TemporaryDirectory() as checkpoints:
+            method.fit_shared({"one": self.train(1), "two": self.train()}, seed=3, folder=Path(checkpoints))
+        method.save_shared(Path(folder.name))
+        return folder
+
     def samples(self, split: str, count: int) -> list[GeneratedSample]:
-        specs = self.unfitted().features()
+        specs = self.built().features()
         return [generated_sample(specs, f"{split}/good/{i:03d}", self.make) for i in range(count)]
 
     def train(self, count: int = TRAIN_COUNT) -> GeneratedFeatures:
@@ -180,6 +211,21 @@ def check_same_seed(bench: _Bench) -> None:
     expected = _predictions(bench.fit(seed=7), bench.test())
     np.random.seed(123)
     _expect_equal(bench, "two fits with the same seed", expected, _predictions(bench.fit(seed=7), bench.test()))
+
+
+def check_shared_training(bench: _Bench) -> None:
+    """What is learned across categories is the same for the same seed, whatever the global random streams hold."""
+    method = bench.built()
+    if not isinstance(method, SharedTraining) or not method.needs_shared():
+        return
+    expected = _predictions(bench.fitted(), bench.test())
+    np.random.seed(321)
+    with bench.learn_shared() as folder:
+        method.load_shared(Path(folder))
+    method.fit(bench.train(), bench.validation(), seed=0)
+    _expect_equal(
+        bench, "two trainings across categories with the same seed", expected, _predictions(method, bench.test())
+    )
 
 
 def check_refit(bench: _Bench) -> None:
@@ -257,7 +303,7 @@ def check_empty_cloud(bench: _Bench) -> None:
     """A sample whose point features are empty is a DataError that names the sample."""
     sample = bench.test()[0]
     for feature, arrays in sample.arrays.items():
-        if "points" in arrays:
+        if "points" in arrays or "pixel" in arrays:
             empty = {name: array[:0] for name, array in arrays.items()}
             without = GeneratedSample(sample.id, {**sample.arrays, feature: empty})
             _expect_data_error(bench, without, "without points", bench.fitted().predict)
@@ -295,6 +341,7 @@ CHECKS: tuple[Callable[[_Bench], None], ...] = (
     check_output,
     check_samples_differ,
     check_same_seed,
+    check_shared_training,
     check_refit,
     check_order,
     check_round_trip,
@@ -338,6 +385,8 @@ def _arrays(spec: FeatureSpec, random: np.random.Generator) -> Arrays:
         return _histograms(random)
     if spec.backbone == "depth":
         return {"z": _depth(random)}
+    if spec.backbone in ("point_mae", "point_bert"):
+        return _point_tokens(random)
     raise ValueError(f"no generated features for backbone {spec.backbone!r}; hand in make_features")
 
 
@@ -363,6 +412,22 @@ def _histograms(random: np.random.Generator) -> Arrays:
     bins = random.gamma(2.0, size=(len(pixel), 3, 11))
     points = (100 * bins / bins.sum(axis=2, keepdims=True)).reshape(len(pixel), 33)
     return {"points": points.astype(np.float32), "pixel": pixel}
+
+
+def _point_tokens(random: np.random.Generator) -> Arrays:
+    from mmad_cli.alignment.interpolation import nearest_centres
+
+    pixel = np.flatnonzero(_disc()).astype(np.int32)
+    points = np.stack([pixel % MAP_SIZE, pixel // MAP_SIZE, random.normal(500, 1, len(pixel))], axis=1) * 1e-3
+    centres = random.choice(points, TINY_GROUPS, replace=False)
+    neighbours, weights = nearest_centres(points, centres)
+    return {
+        "tokens": random.standard_normal((TINY_GROUPS, TINY_CHANNELS), dtype=np.float32),
+        "centres": centres.astype(np.float32),
+        "pixel": pixel,
+        "neighbours": neighbours.astype(np.int16),
+        "weights": weights.astype(np.float32),
+    }
 
 
 def _depth(random: np.random.Generator) -> NDArray[np.float32]:

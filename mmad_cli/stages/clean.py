@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmad_cli.store import Artefact, CorruptArtefactError, Store, library_versions, make_key
+from mmad_cli.store import Artefact, CorruptArtefactError, Store, check_unchanged, library_versions, make_key
 from mmad_cli.types import BoolArray, Sample, SampleRef
 
 if TYPE_CHECKING:
@@ -31,12 +31,21 @@ class CleanJob:
     dataset: Dataset
     ref: SampleRef
     config: PreprocessConfig
+    raw: Mapping[str, str]
     key: str
 
     @property
     def artefact(self) -> Artefact:
         """Its place in the store."""
         return Artefact(STAGE, self.ref.category, self.key)
+
+
+def used_files(ref: SampleRef, raw: Mapping[str, str]) -> dict[str, str]:
+    """Digests of the raw files that a clean scan is made from: the ground truth of a good sample is never read.
+
+    So a scan that moves from a defect to good, or back, gets another key with its other mask.
+    """
+    return {role: digest for role, digest in raw.items() if ref.label or role != "gt"}
 
 
 def clean_key(config: PreprocessConfig, raw: Mapping[str, str]) -> str:
@@ -68,7 +77,9 @@ def recomputed(error: CorruptArtefactError) -> str:
 def _compute(job: CleanJob) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     from mmad_cli.preprocessing import preprocess
 
-    return encode_clean(preprocess(job.dataset.read(job.ref), job.config))
+    sample = job.dataset.read(job.ref)
+    check_unchanged(job.ref.files, job.raw)
+    return encode_clean(preprocess(sample, job.config))
 
 
 def encode_clean(sample: Sample) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmad_cli._version import __version__
-from mmad_cli.errors import DataError, MmadError, StoreError, UsageError, WeightsError
-from mmad_cli.files import atomic_write
+from mmad_cli.errors import UNFORESEEN, DataError, MmadError, StoreError, UsageError, WeightsError, unforeseen
+from mmad_cli.files import atomic_write, translated_os_errors
 from mmad_cli.results.schema import (
     SUMMARY,
     BankInfo,
@@ -118,7 +118,8 @@ def preprocess_config(protocol: str, settings: Mapping[str, Any]) -> PreprocessC
         return PreprocessConfig.model_validate({"protocol": protocol, **settings})
     except ValidationError as error:
         first = error.errors()[0]
-        raise UsageError(f"--protocol {protocol}: {first['msg']}, got {first.get('input')!r}") from error
+        option = str((first["loc"] or ("protocol",))[0]).replace("_", "-")
+        raise UsageError(f"--{option} {first.get('input')}: {first['msg']}") from error
 
 
 def _weights(specs: Mapping[str, Any]) -> list[WeightsRecord]:
@@ -145,24 +146,28 @@ def evaluate(session: Session, request: EvaluateRequest) -> tuple[RunResult, Pat
             failed[category] = str(error)
     result = _start_run(prepared, samples)
     folder = (request.out or Path(RUNS) / result.run_id).absolute()
-    _keep_history(result, folder)
+    _check_out(folder, prepared.dataset)
+    _keep_history(session, result, folder, force=request.force)
     shared = plan_shared(session, prepared.dataset, samples, request.selection, prepared.preprocessing, prepared.run)
-    keys: set[str] = set() if shared is None else shared.keys
+    plans = {
+        category: plan_category(
+            session,
+            prepared.dataset,
+            chosen,
+            prepared.preprocessing,
+            prepared.run,
+            shared=None if shared is None else shared.artefact,
+            full_resolution=request.full_resolution,
+        )
+        for category, chosen in samples.items()
+    }
+    # all at once and before anything is computed: pruning must not take what a later category has already
+    _announce(session, folder, set().union(*(part.keys for part in (*plans.values(), shared) if part is not None)))
     for category in prepared.categories:
         if category in failed:
             outcome = CategoryResult(status="failed", error=failed[category])
         else:
-            plan = plan_category(
-                session,
-                prepared.dataset,
-                samples[category],
-                prepared.preprocessing,
-                prepared.run,
-                shared=None if shared is None else shared.artefact,
-                full_resolution=request.full_resolution,
-            )
-            keys |= plan.keys
-            _announce(session, result, folder, keys)
+            plan = plans[category]
             if request.force:
                 forget(session, plan)
             outcome, device = evaluate_category(session, prepared, plan, folder, shared)
@@ -206,11 +211,9 @@ def evaluate_category(
         raise
     except MmadError as error:
         return CategoryResult(status="failed", error=str(error)), None
-    except (MemoryError, OSError, ValueError, RuntimeError, ArithmeticError, LookupError, TypeError) as error:
+    except UNFORESEEN as error:
         # a defect of ours or of a third party's method must not cost the other categories
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        message = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
-        return CategoryResult(status="failed", error=message), None
+        return CategoryResult(status="failed", error=unforeseen(error)), None
     return CategoryResult.model_validate(record["result"]), record["device"]
 
 
@@ -333,22 +336,39 @@ def _write_category_files(
     atomic_write(folder / MAPS, save(maps))
 
 
-def _announce(session: Session, result: RunResult, folder: Path, keys: set[str]) -> None:
-    """Tell the store that this run needs these artefacts, so that pruning keeps them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{result.run_id}-{digest_bytes(str(folder).encode())[:8]}"
+def _check_out(folder: Path, dataset: Dataset) -> None:
+    """Refuse what cannot become a run folder. Raises UsageError naming --out."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UsageError(f"--out {folder}: is not a folder; name one that is new or holds a run")
+    raw = (dataset.root, *(dataset.root / name for name in dataset.categories()))
+    place = folder.resolve()
+    if place == raw[0].resolve() or any(place.is_relative_to(category.resolve()) for category in raw[1:]):
+        raise UsageError(f"--out {folder}: lies in the dataset, which is only read; name a folder outside of it")
+
+
+def _announce(session: Session, folder: Path, keys: set[str]) -> None:
+    """Tell the store that the run in this folder needs these artefacts, so that pruning keeps them."""
+    with translated_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    # one name per folder: another run that takes the folder's place takes over its record too
+    name = f"{_folder_name(folder.name)}-{digest_bytes(os.fsencode(folder))[:8]}"
     session.store.write_run(name, {"folder": str(folder), "keys": sorted(keys)})
 
 
-def _keep_history(result: RunResult, folder: Path) -> None:
-    """A repeated run keeps the date of its first result."""
-    if (folder / SUMMARY).is_file():
-        try:
-            earlier = RunResult.from_disk(folder)
-        except DataError:
-            return
-        if earlier.run_id == result.run_id:
-            result.created = earlier.created
+def _keep_history(session: Session, result: RunResult, folder: Path, *, force: bool) -> None:
+    """A repeated run keeps the date of its first result, and what it had until that is confirmed or replaced."""
+    if not (folder / SUMMARY).is_file():
+        return
+    try:
+        earlier = RunResult.from_disk(folder)
+    except DataError:
+        return
+    if earlier.run_id != result.run_id:
+        session.reporter.notice(f"{folder}: held the run {earlier.run_id}, which {result.run_id} replaces")
+        return
+    result.created = earlier.created
+    if not force:
+        result.categories = dict(earlier.categories)
 
 
 def _start_run(prepared: Prepared, samples: Mapping[str, CategorySamples]) -> RunResult:
@@ -437,6 +457,12 @@ def not_comparable_reasons(prepared: Prepared, samples: Mapping[str, CategorySam
         reasons.append(f"settings: {', '.join(changed)} differ from the recipe")
     if prepared.preprocessing.protocol not in (run.definition.protocol, *run.definition.other_protocols):
         reasons.append(f"protocol: {prepared.preprocessing.protocol} instead of the method's {run.definition.protocol}")
+    # both debris algorithms keep the same points
+    by_hand = [name for name in request.preprocessing if name not in ("protocol", "debris")]
+    if by_hand:
+        reasons.append(f"preprocessing: {', '.join(by_hand)} set by hand")
+    if request.full_resolution:
+        reasons.append("full resolution: published metrics are at 224 x 224")
     if request.recipe != "official":
         reasons.append(f"recipe: {request.recipe} departs from the published code")
     return reasons

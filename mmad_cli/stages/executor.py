@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.sharedctypes import Synchronized
 from typing import TypeVar
 
-from mmad_cli.errors import StoreError
+from mmad_cli.errors import StoreError, UsageError
 from mmad_cli.threads import available_cores, limit_threads
 
 Job = TypeVar("Job")
@@ -21,7 +21,9 @@ Result = TypeVar("Result")
 
 
 def resolve_workers(workers: int | None) -> int:
-    """Number of worker processes: as asked, else one per available core."""
+    """Number of worker processes: as asked, else one per available core. Raises UsageError for less than one."""
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers}: must be at least 1")
     return available_cores() if workers is None else workers
 
 
@@ -48,8 +50,9 @@ def run_tasks(
         return
     pending: dict[Future[Result], int] = {}
     try:
-        for index, job in enumerate(jobs):
-            pending[executor.submit(function, job)] = index
+        with _interrupts_held():
+            for index, job in enumerate(jobs):
+                pending[executor.submit(function, job)] = index
         for future in as_completed(list(pending)):
             yield pending.pop(future), future.result()
     except BrokenProcessPool as error:
@@ -60,6 +63,20 @@ def run_tasks(
     finally:
         for future in pending:
             future.cancel()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait while workers start; they inherit that, and only the parent decides what an interrupt means."""
+    if not hasattr(signal, "pthread_sigmask"):
+        # not on Windows
+        yield
+        return
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
 def close_pool(executor: Executor | None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mmad_cli.errors import DataError, StoreError, UsageError
+from mmad_cli.errors import DataError, StoreError, UsageError, unknown_name
 from mmad_cli.stages.evaluate import EvaluateRequest, Prepared, prepare, preprocess_config
 from mmad_cli.stages.features import FeatureJob
 from mmad_cli.stages.plan import (
@@ -147,6 +147,10 @@ def backbone_spec(name: str, settings: Mapping[str, Any]) -> FeatureSpec:
 
     if name == "timm":
         raise UsageError("--backbone timm: name the model, for example resnet18.tv_in1k")
+    known = set(PARAMS[name].model_fields) if name in PARAMS else {*PARAMS["timm"].model_fields, "input", "view"}
+    for setting in settings:
+        if setting not in known - {"model"}:
+            raise unknown_name(f"setting of {name}", setting, known - {"model"}, "--set")
     if name in PARAMS:
         return FeatureSpec(backbone=name, input="xyz" if name != "depth" else "depth", params=dict(settings))
     return FeatureSpec.timm(name, **settings)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmad_cli.errors import DataError, UsageError, unknown_name
-from mmad_cli.stages.clean import CleanJob, clean_key
+from mmad_cli.stages.clean import CleanJob, clean_key, used_files
 from mmad_cli.stages.features import FeatureJob, feature_key
 from mmad_cli.stages.session import Session
 from mmad_cli.store import Artefact, RawIndex, library_versions, make_key
@@ -31,6 +31,9 @@ FIT = "fit"
 PREDICT = "predict"
 EVALUATE = "evaluate"
 
+# What the random generators of all libraries take
+_LARGEST_SEED = 2**32 - 1
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -45,6 +48,8 @@ class Selection:
         for name, value in (("--shots", self.shots), ("--limit", self.limit)):
             if value is not None and value < 1:
                 raise UsageError(f"{name} {value}: must be at least 1")
+        if not 0 <= self.seed <= _LARGEST_SEED:
+            raise UsageError(f"--seed {self.seed}: must be 0 to {_LARGEST_SEED}")
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,10 @@ def select_samples(
     session: Session, dataset: Dataset, category: str, selection: Selection, *, index: RawIndex | None = None
 ) -> CategorySamples:
     """List, digest and narrow down the samples of a category. Raises DataError naming files."""
-    refs = dataset.samples(category)
+    try:
+        refs = dataset.samples(category)
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check permissions") from error
     index = index or RawIndex(session.store.root, dataset.root)
     paths = [path for ref in refs for path in ref.files.values()]
     with session.reporter.task(f"{category}: reading digests", len(paths)) as advance:
@@ -176,7 +184,8 @@ def clean_jobs(
 ) -> dict[str, CleanJob]:
     """A job per sample, by id."""
     root: Path = session.store.root
-    return {ref.id: CleanJob(root, dataset, ref, config, clean_key(config, samples.raw[ref.id])) for ref in samples.all}
+    used = [(ref, used_files(ref, samples.raw[ref.id])) for ref in samples.all]
+    return {ref.id: CleanJob(root, dataset, ref, config, raw, clean_key(config, raw)) for ref, raw in used}
 
 
 def feature_jobs(

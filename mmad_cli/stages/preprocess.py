@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from mmad_cli.stages.clean import STAGE as PREPROCESS
-from mmad_cli.stages.clean import CleanJob
+from mmad_cli.stages.clean import CleanJob, recomputed
 from mmad_cli.stages.features import STAGE as EXTRACT
 from mmad_cli.stages.features import FeatureJob, batch_size, runs_in_pool
 from mmad_cli.stages.session import Session
 from mmad_cli.stages.tasks import ExtractTask, clean_task, extract_task, run_all
-from mmad_cli.store import Artefact, make_key
+from mmad_cli.store import Artefact, CorruptArtefactError, make_key
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class StageReport:
 
 def preprocess_category(session: Session, category: str, jobs: Mapping[str, CleanJob]) -> StageReport:
     """Bring every clean scan into the store; what is there already is not touched."""
-    missing = [job for job in jobs.values() if not session.store.has_tensors(job.artefact)]
+    missing = [job for job in jobs.values() if _described(session, job.artefact) is None]
     failures = run_all(
         clean_task,
         missing,
@@ -44,7 +45,7 @@ def extract_category(session: Session, category: str, features: Mapping[str, Map
     total = computed = 0
     failures: dict[str, str] = {}
     for name, jobs in features.items():
-        missing = [job for job in jobs.values() if not session.store.has_tensors(job.artefact)]
+        missing = [job for job in jobs.values() if _described(session, job.artefact) is None]
         total += len(jobs)
         if not missing:
             continue
@@ -69,6 +70,19 @@ def extract_category(session: Session, category: str, features: Mapping[str, Map
 
 def _write_manifest(session: Session, stage: str, category: str, keys: Mapping[str, str]) -> None:
     """List a stage's artefacts for a category with their digests."""
-    samples = {id_: session.store.describe(Artefact(stage, category, key)) for id_, key in keys.items()}
+    described = {id_: _described(session, Artefact(stage, category, key)) for id_, key in keys.items()}
+    samples = {id_: what for id_, what in described.items() if what is not None}
     key = make_key(f"{stage}-manifest", 1, category=category, keys=dict(keys))
     session.store.write_manifest(stage, category, key, {"stage": stage, "category": category, "samples": samples})
+
+
+def _described(session: Session, artefact: Artefact) -> dict[str, Any] | None:
+    """What the header of a stored file says; None where it is missing or damaged (said so, and removed)."""
+    try:
+        return session.store.describe(artefact)
+    except FileNotFoundError:
+        return None
+    except CorruptArtefactError as error:
+        session.reporter.notice(recomputed(error))
+        session.store.remove(artefact)
+        return None

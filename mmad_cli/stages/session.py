@@ -26,8 +26,7 @@ class Session:
     _resolved_device: str | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 1:
-            raise UsageError(f"--workers {self.workers}: must be at least 1")
+        resolve_workers(self.workers)
         if self.device not in DEVICES:
             raise UsageError(f"--device {self.device}: choose one of {', '.join(DEVICES)}")
         if self.device == "cuda":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmad_cli.errors import DataError
+from mmad_cli.files import translated_os_errors
 from mmad_cli.methods.base import SharedTraining
 from mmad_cli.stages.clean import CleanJob, recomputed
 from mmad_cli.stages.features import FeatureJob, StoredFeatures, StoredSample
@@ -116,7 +117,8 @@ def train_shared(session: Session, plan: SharedPlan, run: MethodRun) -> None:
                     raise DataError("; ".join(list(report.failures.values())[:3]))
         method = run.build(session.resolve_device())
         work = store.root / WORK / plan.artefact.key
-        work.mkdir(parents=True, exist_ok=True)
+        with translated_os_errors(work):
+            work.mkdir(parents=True, exist_ok=True)
         with session.reporter.task("training over all categories", 0) as advance:
             _shared(method).fit_shared(_sets(session, plan), seed=run.seed, folder=work, progress=advance)
         with store.write_folder(plan.artefact, {}) as folder:

@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from mmad_cli.errors import DataError
+from mmad_cli.errors import UNFORESEEN, DataError, unforeseen
 from mmad_cli.stages.clean import CleanJob, load_clean
 from mmad_cli.stages.executor import run_tasks
 from mmad_cli.stages.features import FeatureJob, extract_batch
@@ -30,9 +30,16 @@ def clean_task(job: CleanJob) -> Outcome:
     outcome = Outcome()
     try:
         load_clean(job, outcome.notices.append)
-    except DataError as error:
-        outcome.failures[job.ref.id] = str(error)
+    except (DataError, *UNFORESEEN) as error:
+        outcome.failures[job.ref.id] = _said(error, job)
     return outcome
+
+
+def _said(error: Exception, job: CleanJob) -> str:
+    """The message of a failure; it names the sample's files."""
+    if isinstance(error, DataError):
+        return str(error)
+    return f"{', '.join(str(path) for path in job.ref.files.values())}: {unforeseen(error)}"
 
 
 @dataclass(frozen=True)
@@ -48,9 +55,9 @@ def extract_task(task: ExtractTask) -> Outcome:
     outcome = Outcome(samples=len(task.jobs))
     try:
         extract_batch(task.jobs, task.device, outcome.notices.append)
-    except DataError as error:
+    except (DataError, *UNFORESEEN) as error:
         if len(task.jobs) == 1:
-            outcome.failures[task.jobs[0].clean.ref.id] = str(error)
+            outcome.failures[task.jobs[0].clean.ref.id] = _said(error, task.jobs[0].clean)
             return outcome
         for job in task.jobs:
             single = extract_task(ExtractTask((job,), task.device))

@@ -218,7 +218,7 @@ class Store:
 
     @contextlib.contextmanager
     def write_folder(self, artefact: Artefact, info: dict[str, Any]) -> Iterator[Path]:
-        """A folder to fill; on leaving it is sealed with a manifest and moved into place. `info` may be filled inside."""
+        """A folder to fill; on leaving it is sealed with a manifest and moved into place. `info` may be filled."""
         with atomic_folder(self.folder(artefact)) as temporary:
             yield temporary
             names = sorted(p.relative_to(temporary).as_posix() for p in temporary.rglob("*") if p.is_file())

@@ -74,7 +74,7 @@ def read_error(root, id_="test/dent/000"):
 
 def test_categories_and_order(root):
     dataset = open_dataset(root)
-    assert dataset.name == "mvtec3d"
+    assert dataset.name == "folder"
     assert dataset.root == root
     assert dataset.categories() == ["bolt", "nut"]
     assert [ref.id for ref in dataset.samples("nut")] == [

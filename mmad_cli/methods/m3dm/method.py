@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmad_cli.errors import DataError
 from mmad_cli.methods.anomaly_map import blur_float, blur_pillow8, upsample
@@ -25,8 +25,9 @@ from mmad_cli.methods.base import (
     SampleFeatures,
     View,
 )
+from mmad_cli.methods.m3dm.banks import filters_zeros, fit_bank, plan_banks, selection
 from mmad_cli.methods.m3dm.config import CORRECTED, UFF_WEIGHTS, BankName, M3DMConfig
-from mmad_cli.methods.m3dm.dlf import DecisionFusion, one_class_coefficients
+from mmad_cli.methods.m3dm.dlf import Coefficients, DecisionFusion, one_class_coefficients
 from mmad_cli.methods.m3dm.patches import (
     POINT_GRID,
     POINT_PATCHES,
@@ -36,19 +37,19 @@ from mmad_cli.methods.m3dm.patches import (
     rgb_patches,
     scrambled_cells,
 )
+from mmad_cli.methods.m3dm.streams import Samples, SharedProgress, first
 from mmad_cli.types import FloatArray
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mmad_cli.backbones.specs import FeatureSpec
-    from mmad_cli.memory import BankConfig, MemoryBank
+    from mmad_cli.memory import MemoryBank
     from mmad_cli.methods.m3dm.uff import FusionNetwork
     from mmad_cli.methods.m3dm.uff_training import Training
 
 _STATE_FILE = "state.json"
 _NETWORK_FILE = "uff.safetensors"
-_PROGRESS_SECONDS = 0.3
 
 # of ViT-B/8 and the point networks, for estimates
 _CHANNELS: dict[BankName, int] = {"points": 1152, "rgb": 768, "fused": 1920}
@@ -136,12 +137,12 @@ class M3DM:
         from mmad_cli.methods.m3dm.uff_training import train as train_network
 
         sets = [train[name] for name in sorted(train)]
-        samples = [one for features in sets for one in _first(features, self.config.sample_limit)]
+        samples = [one for features in sets for one in first(features, self.config.sample_limit)]
         if not samples:
             raise DataError("there are no training samples; the feature fusion block needs at least one good sample")
         points, rgb = self._training_pair(samples[0])
         network = new_network(points.shape[1], rgb.shape[1], seed)
-        names = [f"{name}/{one.id}" for name in sorted(train) for one in _first(train[name], self.config.sample_limit)]
+        names = [f"{name}/{one.id}" for name in sorted(train) for one in first(train[name], self.config.sample_limit)]
         train_network(
             network,
             lambda index: self._training_pair(samples[index]),
@@ -184,18 +185,18 @@ class M3DM:
         Features are gone through several times and never all held. `seed` starts the one random stream that the
         projections of the point, RGB and fused bank draw from in turn. Raises DataError without training samples.
         """
-        train = _first(train, self.config.sample_limit)
+        train = first(train, self.config.sample_limit)
         if len(train) == 0:
             raise DataError("there are no training samples; a memory bank needs at least one good sample")
         if self._fuses:
             self._fusion_network()
-        plans = self._plan_banks(train)
+        plans = plan_banks(self.config, self._streams(train))
         weighed = self._fusion_samples(train, validation)
-        tell = _Progress(progress, sum(plan.kept for plan in plans) + len(weighed))
+        tell = SharedProgress(progress, sum(plan.kept for plan in plans) + len(weighed))
         stream = np.random.RandomState(seed)
         self.banks_ = {}
         for plan in plans:
-            self.banks_[plan.name] = self._fit_bank(plan, stream, tell.part(plan.kept))
+            self.banks_[plan.name] = fit_bank(plan, self.config, stream, self.device, tell.part(plan.kept))
         self.fusion_ = self._fit_fusion(weighed, tell.part(len(weighed))) if self.config.needs_decision_fusion else None
 
     def predict(self, sample: SampleFeatures) -> Prediction:
@@ -255,11 +256,11 @@ class M3DM:
         from mmad_cli.memory import projected_dimension
 
         n = min(max(n_train, 1), self.config.sample_limit)
-        selecting, kept_bytes, first = 0, 0, 0
+        selecting, kept_bytes, first_kept = 0, 0, 0
         for name in self.config.parts:
             rows = n * (_RGB_PATCHES if name == "rgb" else POINT_PATCHES)
-            kept = self._bank_config(rows, first).rows_to_keep(rows)
-            first = first or kept
+            kept = selection(self.config, rows, first_kept).rows_to_keep(rows)
+            first_kept = first_kept or kept
             width = projected_dimension(rows, _CHANNELS[name], self.config.coreset_eps) or _CHANNELS[name]
             selecting = max(selecting, int(5.2 * rows * width) + kept_bytes)
             kept_bytes += 4 * kept * _CHANNELS[name]
@@ -295,7 +296,7 @@ class M3DM:
         points = point_patches(sample)
         if name == "fused":
             return self._fused(points, *rgb_patches(sample))
-        return points[(points != 0).all(axis=1)] if self._filters_zeros(name) else points
+        return points[(points != 0).all(axis=1)] if filters_zeros(self.config, name) else points
 
     def _fused(self, points: FloatArray, tokens: FloatArray, grid: int) -> FloatArray:
         from mmad_cli.methods.m3dm.uff import fuse
@@ -348,19 +349,12 @@ class M3DM:
 
     # Banks
 
-    def _plan_banks(self, train: FeatureSet) -> list[_BankPlan]:
-        """What each bank will read and keep. Reads the features once where sizes or moments are not known without."""
-        config = self.config
-        fewer = train if config.asy_memory_bank is None else _first(train, config.asy_memory_bank)
-        surveys: dict[BankName, _Survey] = {}
-        for name in config.parts:
-            blocks = self._blocks(name, train if name == "rgb" else fewer)
-            surveys[name] = _survey(blocks, len(train if name == "rgb" else fewer), *self._survey_needs(name))
-        plans: list[_BankPlan] = []
-        for name, survey in surveys.items():
-            selection = self._bank_config(survey.rows, plans[0].kept if plans else 0)
-            plans.append(_BankPlan(name, survey, selection, *self._scale(name, surveys)))
-        return plans
+    def _streams(self, train: FeatureSet) -> dict[BankName, tuple[Callable[[], Iterator[FloatArray]], int]]:
+        """Row blocks of each bank and the number of samples that give them."""
+        limit = self.config.asy_memory_bank
+        fewer = train if limit is None else first(train, limit)
+        sources = {name: train if name == "rgb" else fewer for name in self.config.parts}
+        return {name: (self._blocks(name, source), len(source)) for name, source in sources.items()}
 
     def _blocks(self, name: BankName, samples: FeatureSet) -> Callable[[], Iterator[FloatArray]]:
         def blocks() -> Iterator[FloatArray]:
@@ -373,85 +367,6 @@ class M3DM:
                 yield rows
 
         return blocks
-
-    def _survey_needs(self, name: BankName) -> tuple[bool, bool]:
-        """Whether rows have to be counted, and whether mean and deviation are needed."""
-        config = self.config
-        if config.norm == "per_bank" or config.variant == "dino":
-            return True, True
-        return self._filters_zeros(name), len(config.parts) > 1 and name != "fused"
-
-    def _scale(self, name: BankName, surveys: Mapping[BankName, _Survey]) -> tuple[float, float]:
-        """Mean and deviation that a bank is normalised with."""
-        if self.config.norm == "per_bank" or self.config.variant == "dino":
-            return surveys[name].mean, surveys[name].std
-        if len(surveys) == 1:
-            return 0.0, 1.0
-        return surveys["points"].mean, surveys["rgb"].std
-
-    def _filters_zeros(self, name: BankName) -> bool:
-        config = self.config
-        if name != "points":
-            return False
-        return config.rm_zero_for_project if not self._appends_zero_row else config.zero_row == "filtered"
-
-    @property
-    def _appends_zero_row(self) -> bool:
-        """Whether this is the variant that adds a row of zeros to its point bank in any case."""
-        return self.config.parts == ("points", "rgb", "fused")
-
-    def _bank_config(self, rows: int, first_kept: int) -> BankConfig:
-        """Selection from `rows` rows; `first_kept` rows stay in the first bank, 0 if this is the first."""
-        from mmad_cli.memory import BankConfig
-
-        config, count = self.config, None
-        if first_kept and config.coreset_count == "chained" and config.coreset_fraction < 1:
-            count = max(1, int(config.coreset_fraction * first_kept))
-        return BankConfig(
-            fraction=config.coreset_fraction,
-            count=count,
-            eps=config.coreset_eps,
-            projection="sparse",
-            coreset="greedy" if config.coreset_fraction < 1 else "all",
-            coreset_dtype=config.coreset_dtype,
-        )
-
-    def _fit_bank(self, plan: _BankPlan, stream: np.random.RandomState, progress: ProgressCallback) -> MemoryBank:
-        from mmad_cli.memory import MemoryBank
-
-        own = self.config.random_state
-        bank = MemoryBank(plan.selection)
-        if plan.survey.rows:
-            bank.fit(
-                plan.survey.blocks,
-                plan.survey.rows,
-                plan.survey.channels,
-                random_state=stream if own is None else np.random.RandomState(own),
-                device=self.device,
-                progress=progress,
-                mean=plan.mean,
-                std=plan.std,
-            )
-        else:
-            bank.mean_, bank.std_, bank.device = plan.mean, plan.std, self.device
-            bank.rows_ = np.empty((0, plan.survey.channels), dtype=np.float32)
-            bank.picks_ = np.empty(0, dtype=np.int64)
-        return self._with_zero_row(plan.name, bank)
-
-    def _with_zero_row(self, name: BankName, bank: MemoryBank) -> MemoryBank:
-        """The point bank without rows that hold a zero and with one background row, where the variant has that."""
-        if name != "points" or not (self._appends_zero_row or self.config.rm_zero_for_project):
-            return bank
-        kept = np.ones(len(bank.rows_), dtype=bool)
-        zero = np.zeros((1, bank.rows_.shape[1]), dtype=np.float32)
-        if self._filters_zeros(name):
-            zero = bank.normalise(zero)
-        else:
-            kept = (bank.rows_ != 0).all(axis=1)
-        bank.rows_ = np.concatenate([bank.rows_[kept], zero])
-        # -1: not a row of the training samples
-        bank.picks_ = np.append(bank.picks_[kept], -1)
-        return bank
 
     # Scores
 
@@ -490,7 +405,7 @@ class M3DM:
 
     def _fusion_samples(self, train: FeatureSet, validation: FeatureSet) -> FeatureSet:
         if not self.config.needs_decision_fusion:
-            return _Samples([])
+            return Samples([])
         if self.config.dlf_fit == "train":
             return train
         if len(validation) == 0:
@@ -512,63 +427,24 @@ class M3DM:
             for column, one in enumerate(maps):
                 pixel_rows[i * pixels : (i + 1) * pixels, column] = one.ravel()
             progress(i + 1, len(samples))
-        config = self.config
-        settings = (config.ocsvm_nu, config.ocsvm_maxiter, config.ocsvm_random_state)
         return DecisionFusion(
-            image=one_class_coefficients(image_rows, *settings, what="image scores"),
-            pixel=one_class_coefficients(pixel_rows, *settings, what="anomaly maps"),
+            image=self._coefficients(image_rows, self.config.image_lambda, "image scores"),
+            pixel=self._coefficients(pixel_rows, self.config.map_lambda, "anomaly maps"),
         )
 
-
-@dataclass(frozen=True)
-class _Survey:
-    """Rows that a bank selects from; mean and deviation over all their entries where they are needed."""
-
-    blocks: Callable[[], Iterator[FloatArray]]
-    rows: int
-    channels: int
-    mean: float = 0.0
-    std: float = 1.0
-
-
-@dataclass(frozen=True)
-class _BankPlan:
-    name: BankName
-    survey: _Survey
-    selection: BankConfig
-    mean: float
-    std: float
-
-    @property
-    def kept(self) -> int:
-        """Rows that the selection keeps."""
-        return self.selection.rows_to_keep(self.survey.rows) if self.survey.rows else 0
-
-
-def _survey(blocks: Callable[[], Iterator[FloatArray]], samples: int, count: bool, moments: bool) -> _Survey:
-    """Sizes of a stream of blocks, and its moments; reads all of it only when asked for either."""
-    from mmad_cli.memory import scalar_moments
-
-    rows, channels, mean, std = 0, 0, 0.0, 1.0
-    if not (count or moments):
-        block = next(blocks())
-        return _Survey(blocks, len(block) * samples, block.shape[1])
-
-    def counted() -> Iterator[FloatArray]:
-        nonlocal rows, channels
-        rows = 0
-        for block in blocks():
-            rows, channels = rows + len(block), block.shape[1]
-            yield block
-
-    if moments and any(len(block) for block in blocks()):
-        mean, std = scalar_moments(counted)
-        # constant features: nothing to divide by
-        std = std if std > 0 else 1.0
-    else:
-        for _ in counted():
-            pass
-    return _Survey(blocks, rows, channels, mean, std)
+    def _coefficients(self, rows: NDArray[np.float64], weight: Callable[[BankName], float], what: str) -> Coefficients:
+        config = self.config
+        if rows.any():
+            return one_class_coefficients(
+                rows, config.ocsvm_nu, config.ocsvm_maxiter, config.ocsvm_random_state, what=what
+            )
+        warnings.warn(
+            f"decision fusion of {what}: every sample that it learns from scores 0, as its patches are all in the "
+            "banks; fixed weights are taken instead. Set dlf_fit=validation or a smaller coreset_fraction",
+            stacklevel=4,
+        )
+        # what equal distances of all banks would teach it
+        return np.array([weight(name) for name in config.parts])
 
 
 def _distinct(rows: FloatArray) -> tuple[Any, Any]:
@@ -583,49 +459,6 @@ def _distinct(rows: FloatArray) -> tuple[Any, Any]:
     if len(distinct) < len(rows):
         distinct = np.append(distinct, np.argmin(filled))
     return distinct, position
-
-
-@dataclass(frozen=True)
-class _Samples:
-    """Some samples of a feature set."""
-
-    samples: Sequence[SampleFeatures]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> SampleFeatures:
-        return self.samples[index]
-
-    def __iter__(self) -> Iterator[SampleFeatures]:
-        return iter(self.samples)
-
-
-def _first(features: FeatureSet, count: int) -> FeatureSet:
-    if len(features) <= count:
-        return features
-    return _Samples([features[i] for i in range(count)])
-
-
-class _Progress:
-    """One count over the selections of several banks and the samples that are scored after them."""
-
-    def __init__(self, callback: ProgressCallback | None, total: int) -> None:
-        self.callback, self.total = callback, total
-        self.begin, self.told = 0, 0.0
-
-    def part(self, size: int) -> ProgressCallback:
-        """Callback of the next part, of `size` steps."""
-        begin = self.begin
-        self.begin += size
-
-        def tell(done: int, _: int) -> None:
-            finished = begin + done >= self.total
-            if self.callback is not None and (finished or time.monotonic() - self.told > _PROGRESS_SECONDS):
-                self.told = time.monotonic()
-                self.callback(min(begin + done, self.total), self.total)
-
-        return tell
 
 
 def _bank_file(name: BankName) -> str:
