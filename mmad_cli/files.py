@@ -28,7 +28,8 @@ _ATTEMPTS = 5
 
 def is_no_space(error: BaseException | None) -> bool:
     """Whether an error says that the disk or the quota is full."""
-    return isinstance(error, OSError) and error.errno in _NO_SPACE
+    # numpy leaves out the number and says "5 requested and 3 written"
+    return isinstance(error, OSError) and (error.errno in _NO_SPACE or "requested and" in str(error))
 
 
 @contextlib.contextmanager

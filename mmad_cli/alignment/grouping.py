@@ -24,8 +24,8 @@ ORIGIN_RADIUS_SQUARED = 1e-3
 
 _START_DISTANCE = 1e10
 # steps of farthest point sampling between two rounds of parking, and how far below the expected last distance
-_PARKING_INTERVAL = 32
-_PARKING_MARGIN = 0.5
+_PARKING_INTERVAL = 64
+_PARKING_MARGIN = 0.6
 # neighbours asked for beyond the wanted ones, so that rounding to float32 cannot push one out
 _SPARE = 16
 # the relative error of a squared distance in float32 is below 3e-7
@@ -75,7 +75,8 @@ def _farthest_points_numpy(cloud: FloatArray, count: int, skip_origin: bool) -> 
             bound, may_park = -np.inf, False
         chosen[step] = active.index[best]
         if may_park and step % _PARKING_INTERVAL == 0 and active.distance[best] > 0:
-            bound = _PARKING_MARGIN * float(active.distance[best]) * step / count
+            # never lower than before, or points parked earlier could be the farthest unnoticed
+            bound = max(bound, _PARKING_MARGIN * float(active.distance[best]) * step / count)
             below = active.distance < bound
             parked.append((step, active.part(np.flatnonzero(below))))
             active = active.part(np.flatnonzero(~below))

@@ -58,6 +58,38 @@ def test_a_point_on_the_bound_is_judged_in_double_precision():
     assert farthest_points(points, 2).tolist() == [0, 1]
 
 
+def clouds(rng):
+    """Point sets whose covering radius falls as on a surface, slower, much faster, and in jumps."""
+    line = np.zeros((3000, 3))
+    line[:, 0] = rng.random(3000)
+    specks = grid(50)
+    specks[rng.integers(0, len(specks), 60)] += rng.normal(0, 0.3, (60, 3)).astype(np.float32)
+    return {
+        "surface": grid(55),
+        "ball": rng.normal(size=(3000, 3)),
+        "line": line + 1,
+        "specks": specks,
+        "duplicates": np.repeat(rng.random((100, 3)), 30, axis=0) + 1,
+        "two scales": np.concatenate([rng.random((40, 3)), 0.001 * rng.random((3000, 3)) + 1]),
+        "near the sensor": rng.normal(0, 0.03, (3000, 3)),
+    }
+
+
+@pytest.mark.parametrize("margin", [0.6, 1.0])
+def test_parking_points_changes_no_choice(rng, monkeypatch, margin):
+    # a larger margin parks more points that are needed later, so that they must come back
+    returns = []
+    joined = grouping._with_parked
+    monkeypatch.setattr(grouping, "_with_parked", lambda *parts: returns.append(0) or joined(*parts))
+    for name, points in clouds(rng).items():
+        points = points.astype(np.float32)
+        monkeypatch.setattr(grouping, "_PARKING_MARGIN", margin)
+        monkeypatch.setattr(grouping, "_PARKING_INTERVAL", 16)
+        plain = grouping._farthest_points_torch(points, 400, True, "cpu")
+        assert np.array_equal(farthest_points(points, 400), plain), name
+    assert returns
+
+
 def test_equal_distances_go_to_the_smallest_index():
     points = np.array([[0, 0, 1], [1, 0, 1], [-1, 0, 1], [0, 1, 1]], dtype=np.float32)
     assert farthest_points(points, 4).tolist() == [0, 1, 2, 3]
