@@ -41,7 +41,7 @@ def translated_os_errors(path: Path) -> Iterator[None]:
         raise _refused(path, error) from error
     except _writer_errors() as error:
         # safetensors writes files itself and gives the system's error number in words
-        number = re.search(r"\bcode: (\d+)", str(error))
+        number = re.search(r"\b(?:os error|code:) (\d+)", str(error))
         if number is None:
             raise
         raise _refused(path, OSError(int(number[1]), os.strerror(int(number[1])))) from error

@@ -21,8 +21,8 @@ from mmad_cli.cli import (
     synth,
     weights,
 )
-from mmad_cli.cli.console import print_err, print_out
-from mmad_cli.errors import UNFORESEEN, MmadError
+from mmad_cli.cli.console import accept_all_characters, print_err, print_out
+from mmad_cli.errors import MmadError
 from mmad_cli.files import is_no_space
 
 WRONG_INPUT = 2
@@ -73,6 +73,7 @@ def _main(
 
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code: 0, 1, 2, 3 or 130 as documented."""
+    accept_all_characters()
     try:
         outcome = app(arguments, standalone_mode=False, prog_name="mmad")
     except MmadError as error:
@@ -89,8 +90,8 @@ def run(arguments: list[str]) -> int:
     except ImportError as error:
         print_err(f"error: {error}; `mmad doctor` says what to install")
         return UNFINISHED
-    except UNFORESEEN as error:
-        # the interpreter's own exit code for this is 1, which would tell CI that a number is out of tolerance
+    except Exception as error:  # noqa: BLE001
+        # The last resort: the interpreter would end with 1, which tells CI that a number is out of tolerance
         return _unforeseen(error)
     if outcome == INTERRUPTED:
         print_err("interrupted; what was finished is kept, the same command resumes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 _WORTH_A_LINE = 1.0
 
 
+def accept_all_characters() -> None:
+    """Let the standard streams write what their encoding lacks as an escape, instead of failing on a file name."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
 def print_out(text: str, end: str = "\n") -> None:
     """Text on standard output."""
     _write(sys.stdout, text + end)
@@ -36,10 +44,7 @@ def _write(stream: TextIO | None, text: str) -> None:
         # closed by whoever started this process
         return
     with _reader_may_leave(stream):
-        try:
-            stream.write(text)
-        except UnicodeEncodeError:
-            stream.write(text.encode(stream.encoding, "backslashreplace").decode(stream.encoding))
+        stream.write(text)
 
 
 @contextlib.contextmanager

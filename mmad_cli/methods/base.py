@@ -114,6 +114,23 @@ class Method(Protocol):
 
 
 @runtime_checkable
+class ReadsValidation(Protocol):
+    """What a method offers when `fit` reads the validation samples in some configurations."""
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether this configuration reads them; otherwise their features are not extracted."""
+
+
+@runtime_checkable
+class OwnWeights(Protocol):
+    """What a method offers that reads pretrained weights itself, beyond those of its features."""
+
+    def weights_names(self) -> list[str]:
+        """Names in the weights registry; their digests enter the key of the fit."""
+
+
+@runtime_checkable
 class SharedTraining(Protocol):
     """What a method offers on top of `Method` when it learns something once for all categories of a dataset.
 
@@ -144,6 +161,14 @@ class SharedTraining(Protocol):
         """Read what `save_shared` wrote."""
 
 
+@runtime_checkable
+class ExtraWeights(Protocol):
+    """What a method offers on top of `Method` when it reads pretrained weights of its own, beyond its features'."""
+
+    def weights_names(self) -> list[str]:
+        """Names in the weights registry; empty for a configuration that needs none."""
+
+
 @dataclass(frozen=True)
 class MethodDefinition:
     """What the registry knows of a method without building it.
@@ -166,7 +191,6 @@ class MethodDefinition:
     source: str
     libraries: tuple[str, ...] = ("numpy",)
     notes: tuple[str, ...] = ()
-    needs_validation: bool = False
     other_protocols: tuple[str, ...] = ()
 
 

@@ -88,6 +88,7 @@ def prepare(session: Session, request: EvaluateRequest) -> Prepared:
     """Check method, variant, fields, weights, dataset and categories. Raises errors with exit code 2."""
     from mmad_cli.datasets import open_dataset
     from mmad_cli.methods import build, build_config, get_method
+    from mmad_cli.methods.base import OwnWeights, ReadsValidation
 
     definition = get_method(request.method)
     config = build_config(definition, request.variant, request.recipe, request.settings)
@@ -100,9 +101,16 @@ def prepare(session: Session, request: EvaluateRequest) -> Prepared:
     dataset = open_dataset(request.data)
     categories = choose_categories(dataset, request.selection.categories)
     specs = method.features()
-    records = _weights(specs)
+    own_weights = tuple(method.weights_names()) if isinstance(method, OwnWeights) else ()
+    records = _weights(specs, own_weights)
     run = MethodRun(
-        definition, config, request.selection.seed, specs, {record.name: record.sha256 for record in records}
+        definition,
+        config,
+        request.selection.seed,
+        specs,
+        {record.name: record.sha256 for record in records},
+        own_weights,
+        reads_validation=isinstance(method, ReadsValidation) and method.needs_validation,
     )
     preprocessing = preprocess_config(request.protocol or definition.protocol, request.preprocessing)
     return Prepared(request, dataset, categories, run, records, preprocessing)
@@ -122,11 +130,11 @@ def preprocess_config(protocol: str, settings: Mapping[str, Any]) -> PreprocessC
         raise UsageError(f"--{option} {first.get('input')}: {first['msg']}") from error
 
 
-def _weights(specs: Mapping[str, Any]) -> list[WeightsRecord]:
+def _weights(specs: Mapping[str, Any], own: Sequence[str]) -> list[WeightsRecord]:
     from mmad_cli.backbones.weights import resolve
 
-    names = sorted({name for spec in specs.values() for name in spec.weights_names()})
-    return [resolve(name) for name in names]
+    names = {name for spec in specs.values() for name in spec.weights_names()} | set(own)
+    return [resolve(name) for name in sorted(names)]
 
 
 def evaluate(session: Session, request: EvaluateRequest) -> tuple[RunResult, Path]:
@@ -368,7 +376,7 @@ def _keep_history(session: Session, result: RunResult, folder: Path, *, force: b
         return
     result.created = earlier.created
     if not force:
-        result.categories = dict(earlier.categories)
+        result.categories = {n: earlier.categories[n] for n in result.dataset.categories if n in earlier.categories}
 
 
 def _start_run(prepared: Prepared, samples: Mapping[str, CategorySamples]) -> RunResult:

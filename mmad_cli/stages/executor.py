@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +12,7 @@ from multiprocessing.sharedctypes import Synchronized
 from typing import TypeVar
 
 from mmad_cli.errors import StoreError, UsageError
+from mmad_cli.processes import become_worker
 from mmad_cli.threads import available_cores, limit_threads
 
 Job = TypeVar("Job")
@@ -91,14 +90,4 @@ def _start_worker(threads: int, started: Synchronized[int]) -> None:
         number = started.value
         started.value += 1
     limit_threads(threads, share=number)
-    # The parent decides what an interrupt means; a worker must not print a traceback of its own
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End when the parent is gone, however it went: a killed run leaves no processes behind."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    become_worker()

@@ -79,6 +79,8 @@ class MethodRun:
     seed: int
     specs: Mapping[str, FeatureSpec]
     weights: Mapping[str, str]
+    own_weights: tuple[str, ...] = ()
+    reads_validation: bool = False
 
     @property
     def config_dump(self) -> dict[str, Any]:
@@ -213,7 +215,7 @@ def plan_category(
 
     category = samples.category
     definition = run.definition
-    if not definition.needs_validation:
+    if not run.reads_validation:
         samples = replace(samples, validation=())
     clean = clean_jobs(session, dataset, samples, preprocessing)
     features = feature_jobs(clean, run.specs, run.weights)
@@ -231,6 +233,7 @@ def plan_category(
         train=[keys_of(ref) for ref in samples.train],
         validation=[keys_of(ref) for ref in samples.validation],
         shared=None if shared is None else shared.key,
+        weights={name: run.weights[name] for name in run.own_weights},
     )
     predictions = {
         ref.id: Artefact(PREDICT, category, make_key(PREDICT, definition.version, fit=fit, features=keys_of(ref)))

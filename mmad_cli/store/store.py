@@ -101,14 +101,10 @@ class Store:
     """Artefacts below one root folder. Safe for several processes at once."""
 
     def __init__(self, root: Path | None = None) -> None:
-        chosen = root or default_root()
         try:
-            self.root = chosen.expanduser().absolute()
+            self.root = (root or default_root()).expanduser().absolute()
         except RuntimeError as error:
-            raise UsageError(
-                f"--store: {chosen} cannot be resolved, the home folder is not known; "
-                f"name a folder with --store or ${ENVIRONMENT_VARIABLE}"
-            ) from error
+            raise UsageError(f"--store: {error}; name a folder with --store or ${ENVIRONMENT_VARIABLE}") from error
         if os.path.lexists(self.root) and not os.path.isdir(self.root):  # noqa: PTH112 - Path raises without permission
             raise UsageError(f"--store: {self.root} is not a folder; name one with --store or ${ENVIRONMENT_VARIABLE}")
 

@@ -23,9 +23,7 @@ class Ended:
 
 
 @pytest.fixture
-def mmad(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., Ended]:
+def mmad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
     """Runs `mmad ...` in this process, from an empty working directory."""
     from mmad_cli.cli.app import run
 

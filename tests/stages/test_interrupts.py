@@ -254,6 +254,49 @@ def test_an_interrupted_rerun_does_not_forget_what_the_run_had(
     assert removed == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGINT])
+def test_rendering_that_is_ended_leaves_no_workers(tmp_path: Path, way: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mmad_cli", "synth", "made", "--workers", "2"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 60
+    while not list(tmp_path.rglob("*.tiff")) and time.monotonic() < end:
+        time.sleep(0.01)
+    if way == signal.SIGINT:
+        os.killpg(process.pid, way)
+    else:
+        process.kill()
+    _, err = process.communicate(timeout=60)
+    assert wait_until_empty(process.pid) == []
+    assert not (tmp_path / "made").exists()
+    if way == signal.SIGINT:
+        assert process.returncode == 130
+        assert "Traceback" not in err
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_seen_in_the_words_of_a_library_that_writes_itself(
+    tmp_path: Path, small_disk: Callable[[int], Path]
+) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from mmad_cli.errors import StoreError
+    from mmad_cli.files import atomic_folder
+
+    place = small_disk(40) / "fit"
+    with pytest.raises(StoreError, match="no space left"), atomic_folder(place) as folder:
+        save_file({"a": np.zeros(100_000)}, folder / "bank.safetensors")
+    with pytest.raises(StoreError, match="no space left"), atomic_folder(place) as folder:
+        np.save(folder / "bank.npy", np.zeros(100_000))
+    assert list(place.parent.iterdir()) == []
+
+
 # -- a disk that fills up ----------------------------------------------------------------------------------------
 
 

@@ -105,3 +105,31 @@ def test_a_broken_category_takes_no_part(tiny_dataset: Path, tmp_path: Path, sha
     assert result.categories["block"].status == "failed"
     assert result.categories["cube"].status == "ok"
     assert sharing.calls == [["cube"]]
+
+
+def test_weights_that_the_method_reads_itself_enter_the_key(
+    tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    digest = {"value": "a" * 64}
+
+    class Weighted(BTF):
+        def weights_names(self) -> list[str]:
+            return ["fusion"]
+
+    definition = replace(DEFINITION, name="weighted", build=lambda config, device: Weighted(config, device))
+    monkeypatch.setattr("mmad_cli.methods.get_method", lambda name: definition)
+    monkeypatch.setattr(
+        "mmad_cli.backbones.weights.resolve",
+        lambda name: SimpleNamespace(name=name, sha256=digest["value"], source="here", official=False),
+    )
+    options = {"method": "weighted", "variant": "raw", "device": "cpu", "store": tmp_path / "store"}
+    first, _ = api.evaluate(tiny_dataset, out=tmp_path / "a", categories=["block"], **options)
+    assert [w.name for w in first.weights] == ["fusion"]
+    assert any("fusion is not the published file" in reason for reason in first.not_comparable)
+    fits = {p.name for p in (tmp_path / "store" / "fit" / "block").iterdir()}
+    digest["value"] = "b" * 64
+    second, _ = api.evaluate(tiny_dataset, out=tmp_path / "b", categories=["block"], **options)
+    assert second.run_id != first.run_id
+    assert len({p.name for p in (tmp_path / "store" / "fit" / "block").iterdir()} - fits) == 1

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmad_cli.datasets.synthetic.parts import CATEGORIES
 from mmad_cli.errors import DataError, UsageError, unknown_name
+from mmad_cli.processes import become_worker
 from mmad_cli.types import GOOD, Split
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def _run(tasks: Sequence[_Task], workers: int, progress: Progress | None) -> Non
             report(done, len(tasks))
         return
     # spawn: threads of the caller must not be forked
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=get_context("spawn"), initializer=become_worker)
     try:
         futures = [pool.submit(write_sample, task) for task in tasks]
         for done, future in enumerate(as_completed(futures), 1):

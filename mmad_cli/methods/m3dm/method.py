@@ -499,5 +499,4 @@ DEFINITION = MethodDefinition(
         "uff=concat or uff=retrained.",
         "The corrected recipe trains the fusion block on all categories first; that wants a GPU.",
     ),
-    needs_validation=True,
 )

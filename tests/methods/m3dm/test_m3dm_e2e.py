@@ -35,6 +35,9 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "triple_uff_g64n256": (THREE, {"groups": 256, "group_size": 64}),
 }
 
+# the other runs differ from these in what comes before the selection, which the stored picks test
+OWN_PICKS = [name for name in RUNS if not name.startswith("triple") or name == "triple_uff_multiple"]
+
 Golden = Callable[[str], dict[str, np.ndarray]]
 
 
@@ -108,7 +111,7 @@ def test_published_run_with_its_picks(
     check_maps(method, [test[i] for i in at], [predictions[i].anomaly_map for i in at], expected["map"])
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", OWN_PICKS)
 def test_published_metrics_with_own_picks(
     golden: Golden, run: Callable[..., Any], golden_masks: np.ndarray, name: str
 ) -> None:
