@@ -43,7 +43,9 @@ def print_row(row: dict[str, Any]) -> None:
     verdict = "" if row.get("ok") is None or not row.get("bar") else ("met" if row["ok"] else "MISSED")
     numbers = [f"{row[key]:.4g} s" if row.get(key) is not None else "" for key in ("repo_seconds", "ours_seconds")]
     ratio = f"{row['ratio']:.1f}x" if row.get("ratio") else ""
-    print(f"{row['name']:<78} {numbers[0]:>11} {numbers[1]:>10} {ratio:>8}  {row.get('bar') or ''} {verdict}", flush=True)
+    print(
+        f"{row['name']:<78} {numbers[0]:>11} {numbers[1]:>10} {ratio:>8}  {row.get('bar') or ''} {verdict}", flush=True
+    )
     if row.get("note"):
         print(f"    {row['note']}", flush=True)
 
@@ -58,7 +60,10 @@ def main() -> int:
     start = time.perf_counter()
     rows = run_all(arguments.only or names(), arguments.quick)
     missed = [row["name"] for row in rows if row.get("bar") and row.get("ok") is False]
-    print(f"{len(rows)} rows in {time.perf_counter() - start:.0f} s; " + (f"missed: {missed}" if missed else "all bars met"))
+    print(
+        f"{len(rows)} rows in {time.perf_counter() - start:.0f} s; "
+        + (f"missed: {missed}" if missed else "all bars met")
+    )
     if arguments.json:
         machine = {"machine": platform.processor() or platform.machine(), "python": platform.python_version()}
         arguments.json.write_text(json.dumps({**machine, "quick": arguments.quick, "rows": rows}, indent=2) + "\n")

@@ -52,5 +52,6 @@ if [ ! -x "$venv/bin/python" ]; then
         "$python" -m virtualenv --quiet "$venv"
     }
 fi
-PIP_CONSTRAINT="$PWD/constraints.txt" "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+echo "installing mmad and its dependencies into $venv; this takes some minutes" >&2
+PIP_CONSTRAINT="$PWD/constraints.txt" "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
     --editable '.[dev]'

@@ -30,8 +30,8 @@ from mmad_cli.cli.options import (
 from mmad_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from mmad_cli.stages.evaluate import EvaluateRequest
     from mmad_cli.stages.pipeline import PlanLine
+    from mmad_cli.stages.request import EvaluateRequest
 
 INCOMPLETE = 3
 
@@ -88,10 +88,10 @@ def evaluate(
     """
     from mmad_cli.methods import parse_settings
     from mmad_cli.stages.default_data import default_dataset
-    from mmad_cli.stages.evaluate import EvaluateRequest
     from mmad_cli.stages.evaluate import evaluate as run_stage
     from mmad_cli.stages.pipeline import plan
     from mmad_cli.stages.plan import Selection
+    from mmad_cli.stages.request import EvaluateRequest
 
     combinations = _combinations(method, variant or [])
     with ConsoleReporter() as reporter, open_session(reporter, store, workers, device) as session:

@@ -63,8 +63,8 @@ def extract(
     from mmad_cli.cli.preprocess import show_outcomes
     from mmad_cli.methods import build, build_config, get_method, parse_settings
     from mmad_cli.stages import pipeline
-    from mmad_cli.stages.evaluate import preprocess_config
     from mmad_cli.stages.plan import Selection
+    from mmad_cli.stages.request import preprocess_config
 
     if (method is None) == (backbone is None):
         raise UsageError("give either --method or --backbone")

@@ -55,8 +55,8 @@ def fit(
     from mmad_cli.cli.preprocess import show_outcomes
     from mmad_cli.methods import parse_settings
     from mmad_cli.stages import pipeline
-    from mmad_cli.stages.evaluate import EvaluateRequest
     from mmad_cli.stages.plan import Selection
+    from mmad_cli.stages.request import EvaluateRequest
 
     request = EvaluateRequest(
         data=data,

@@ -161,14 +161,6 @@ class SharedTraining(Protocol):
         """Read what `save_shared` wrote."""
 
 
-@runtime_checkable
-class ExtraWeights(Protocol):
-    """What a method offers on top of `Method` when it reads pretrained weights of its own, beyond its features'."""
-
-    def weights_names(self) -> list[str]:
-        """Names in the weights registry; empty for a configuration that needs none."""
-
-
 @dataclass(frozen=True)
 class MethodDefinition:
     """What the registry knows of a method without building it.

@@ -11,8 +11,8 @@ from mmad_cli.errors import DataError
 from mmad_cli.stages import evaluate as evaluation
 from mmad_cli.stages import pipeline
 from mmad_cli.stages.clean import load_clean
-from mmad_cli.stages.evaluate import EvaluateRequest
 from mmad_cli.stages.plan import Selection, choose_categories, clean_jobs, select_samples
+from mmad_cli.stages.request import EvaluateRequest, preprocess_config
 from mmad_cli.stages.session import Session
 from mmad_cli.store import RawIndex, Store
 from mmad_cli.types import Sample
@@ -63,7 +63,7 @@ def load_preprocessed(
 
     with _session(store, 1, "cpu") as session:
         dataset = open_dataset(Path(data))
-        config = evaluation.preprocess_config(protocol, settings or {})
+        config = preprocess_config(protocol, settings or {})
         index = RawIndex(session.store.root, dataset.root)
         for category in choose_categories(dataset, categories):
             samples = select_samples(session, dataset, category, Selection(), index=index)
@@ -89,7 +89,7 @@ def extract(
             session,
             Path(data),
             {backbone: pipeline.backbone_spec(backbone, settings or {})},
-            preprocessing=evaluation.preprocess_config(protocol, {}),
+            preprocessing=preprocess_config(protocol, {}),
             selection=Selection(tuple(categories)),
         )
 

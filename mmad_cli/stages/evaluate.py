@@ -3,138 +3,40 @@
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmad_cli._version import __version__
 from mmad_cli.errors import UNFORESEEN, DataError, MmadError, StoreError, UsageError, WeightsError, unforeseen
 from mmad_cli.files import atomic_write, translated_os_errors
 from mmad_cli.results.schema import (
     SUMMARY,
     BankInfo,
-    CategoryCounts,
     CategoryResult,
-    DatasetInfo,
-    Environment,
-    MethodInfo,
-    Preprocessing,
     RunResult,
-    WeightsInfo,
 )
 from mmad_cli.stages.plan import (
     CategoryPlan,
     CategorySamples,
-    MethodRun,
-    Selection,
-    choose_categories,
     plan_category,
     select_samples,
 )
 from mmad_cli.stages.predict import fitted_method, predictions, read_prediction
 from mmad_cli.stages.preprocess import StageReport, extract_category, preprocess_category
+from mmad_cli.stages.provenance import device_name, peak_rss, peak_vram, start_run
+from mmad_cli.stages.request import EvaluateRequest, Prepared, prepare
 from mmad_cli.stages.session import Session
 from mmad_cli.stages.shared import SharedPlan, plan_shared, train_shared
-from mmad_cli.store import CorruptArtefactError, RawIndex, library_version
-from mmad_cli.store.keys import canonical_json, digest_bytes
+from mmad_cli.store import CorruptArtefactError, RawIndex
+from mmad_cli.store.keys import digest_bytes
 
 if TYPE_CHECKING:
-    from mmad_cli.backbones.weights import WeightsRecord
     from mmad_cli.datasets.base import Dataset
     from mmad_cli.methods.base import Prediction
-    from mmad_cli.preprocessing.config import PreprocessConfig
 
 RUNS = "runs"
 MAPS = "maps.safetensors"
-
-
-@dataclass(frozen=True)
-class EvaluateRequest:
-    """What `mmad evaluate` was asked for."""
-
-    data: Path
-    method: str
-    variant: str | None = None
-    recipe: str = "official"
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    protocol: str | None = None
-    preprocessing: Mapping[str, Any] = field(default_factory=dict)
-    selection: Selection = field(default_factory=Selection)
-    save_maps: bool = False
-    full_resolution: bool = False
-    force: bool = False
-    out: Path | None = None
-    argv: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A request with everything looked up: nothing is computed yet, and bad input has been refused."""
-
-    request: EvaluateRequest
-    dataset: Dataset
-    categories: list[str]
-    run: MethodRun
-    records: list[WeightsRecord]
-    preprocessing: PreprocessConfig
-
-
-def prepare(session: Session, request: EvaluateRequest) -> Prepared:
-    """Check method, variant, fields, weights, dataset and categories. Raises errors with exit code 2."""
-    from mmad_cli.datasets import open_dataset
-    from mmad_cli.methods import build, build_config, get_method
-    from mmad_cli.methods.base import OwnWeights, ReadsValidation
-
-    definition = get_method(request.method)
-    config = build_config(definition, request.variant, request.recipe, request.settings)
-    method = build(definition, config)
-    if request.full_resolution and method.view != "resize":
-        raise UsageError(
-            f"--full-resolution: {definition.name} scores a crop of the image here; "
-            "add --set view=resize or leave --full-resolution out"
-        )
-    dataset = open_dataset(request.data)
-    categories = choose_categories(dataset, request.selection.categories)
-    specs = method.features()
-    own_weights = tuple(method.weights_names()) if isinstance(method, OwnWeights) else ()
-    records = _weights(specs, own_weights)
-    run = MethodRun(
-        definition,
-        config,
-        request.selection.seed,
-        specs,
-        {record.name: record.sha256 for record in records},
-        own_weights,
-        reads_validation=isinstance(method, ReadsValidation) and method.needs_validation,
-    )
-    preprocessing = preprocess_config(request.protocol or definition.protocol, request.preprocessing)
-    return Prepared(request, dataset, categories, run, records, preprocessing)
-
-
-def preprocess_config(protocol: str, settings: Mapping[str, Any]) -> PreprocessConfig:
-    """Parameters of a protocol with single fields set by the user."""
-    from pydantic import ValidationError
-
-    from mmad_cli.preprocessing.config import PreprocessConfig
-
-    try:
-        return PreprocessConfig.model_validate({"protocol": protocol, **settings})
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = str((first["loc"] or ("protocol",))[0]).replace("_", "-")
-        raise UsageError(f"--{option} {first.get('input')}: {first['msg']}") from error
-
-
-def _weights(specs: Mapping[str, Any], own: Sequence[str]) -> list[WeightsRecord]:
-    from mmad_cli.backbones.weights import resolve
-
-    names = {name for spec in specs.values() for name in spec.weights_names()} | set(own)
-    return [resolve(name) for name in sorted(names)]
 
 
 def evaluate(session: Session, request: EvaluateRequest) -> tuple[RunResult, Path]:
@@ -152,7 +54,7 @@ def evaluate(session: Session, request: EvaluateRequest) -> tuple[RunResult, Pat
             samples[category] = select_samples(session, prepared.dataset, category, request.selection, index=index)
         except DataError as error:
             failed[category] = str(error)
-    result = _start_run(prepared, samples)
+    result = start_run(prepared, samples)
     folder = (request.out or Path(RUNS) / result.run_id).absolute()
     _check_out(folder, prepared.dataset)
     _keep_history(session, result, folder, force=request.force)
@@ -171,6 +73,8 @@ def evaluate(session: Session, request: EvaluateRequest) -> tuple[RunResult, Pat
     }
     # all at once and before anything is computed: pruning must not take what a later category has already
     _announce(session, folder, set().union(*(part.keys for part in (*plans.values(), shared) if part is not None)))
+    if request.force and shared is not None:
+        session.store.remove(shared.artefact)
     for category in prepared.categories:
         if category in failed:
             outcome = CategoryResult(status="failed", error=failed[category])
@@ -270,12 +174,12 @@ def _compute_category(
         n_test=len(plan.samples.test),
         bank={name: BankInfo(**size) for name, size in info["banks"].items()},
         seconds=clock.seconds,
-        peak_rss_bytes=_peak_rss(),
-        peak_vram_bytes=_peak_vram(),
+        peak_rss_bytes=peak_rss(),
+        peak_vram_bytes=peak_vram(),
     )
     return {
         "result": result.model_dump(mode="json"),
-        "device": _device_name(session),
+        "device": device_name(session),
         "scores": [
             [ref.id, ref.defect, ref.label, prediction.image_score]
             for ref, prediction in zip(plan.samples.test, scored, strict=True)
@@ -379,103 +283,6 @@ def _keep_history(session: Session, result: RunResult, folder: Path, *, force: b
         result.categories = {n: earlier.categories[n] for n in result.dataset.categories if n in earlier.categories}
 
 
-def _start_run(prepared: Prepared, samples: Mapping[str, CategorySamples]) -> RunResult:
-    request, run = prepared.request, prepared.run
-    digest = digest_bytes(canonical_json({name: s.digest for name, s in sorted(samples.items())}).encode())
-    preprocessing = prepared.preprocessing.model_dump(mode="json")
-    identity = {
-        "config": run.config_hash,
-        "recipe": request.recipe,
-        "weights": run.weights,
-        "dataset": digest,
-        "preprocessing": preprocessing,
-        "selection": [request.selection.shots, request.selection.limit, request.selection.seed],
-        "categories": prepared.categories,
-        "full_resolution": request.full_resolution,
-    }
-    suffix = digest_bytes(canonical_json(identity).encode())[:8]
-    result = RunResult(
-        run_id=f"{run.definition.name}-{run.config.variant}-{prepared.dataset.name}-{suffix}",
-        argv=list(request.argv),
-        method=MethodInfo(
-            name=run.definition.name,
-            variant=run.config.variant,
-            recipe=request.recipe,
-            config=run.config_dump,
-            config_hash=run.config_hash,
-            method_version=str(run.definition.version),
-        ),
-        dataset=DatasetInfo(
-            name=prepared.dataset.name,
-            digest=digest,
-            categories={name: CategoryCounts(**s.counts) for name, s in samples.items()},
-        ),
-        preprocessing=Preprocessing(
-            protocol=prepared.preprocessing.protocol,
-            parameters=preprocessing,
-            key=digest_bytes(canonical_json(preprocessing).encode()),
-        ),
-        weights=[
-            WeightsInfo(name=r.name, sha256=r.sha256, source=r.source, stand_in=not r.official)
-            for r in prepared.records
-        ],
-        environment=environment(),
-        seed=request.selection.seed,
-        shots=request.selection.shots,
-        limit=request.selection.limit,
-        full_resolution=request.full_resolution,
-    )
-    for reason in not_comparable_reasons(prepared, samples):
-        result.mark_not_comparable(reason)
-    return result
-
-
-def not_comparable_reasons(prepared: Prepared, samples: Mapping[str, CategorySamples]) -> list[str]:
-    """Why the numbers of a run must not be put beside published ones."""
-    from mmad_cli.datasets import published_train_counts
-    from mmad_cli.methods import build_config
-
-    request, run = prepared.request, prepared.run
-    reasons = []
-    if request.selection.limit is not None:
-        reasons.append(f"limit: at most {request.selection.limit} samples per split and defect")
-    if request.selection.shots is not None:
-        reasons.append(f"shots: {request.selection.shots} training samples per category")
-    left_out = [name for name in prepared.dataset.categories() if name not in prepared.categories]
-    if left_out:
-        reasons.append(f"missing categories: {', '.join(left_out)} not evaluated")
-    published = published_train_counts(prepared.dataset.name)
-    absent = [name for name in published if name not in prepared.dataset.categories()]
-    if absent:
-        reasons.append(f"missing categories: {', '.join(absent)} not in the dataset folder")
-    for name, chosen in samples.items():
-        if name in published and chosen.counts["train"] != published[name]:
-            reasons.append(
-                f"incomplete category: {name} has {chosen.counts['train']} training samples, "
-                f"the published dataset {published[name]}"
-            )
-    reasons += [
-        f"stand-in weights: {record.name} is not the published file"
-        for record in prepared.records
-        if not record.official
-    ]
-    default = build_config(run.definition, run.config.variant, request.recipe, {}).model_dump(mode="json")
-    changed = [name for name, value in run.config_dump.items() if value != default[name]]
-    if changed:
-        reasons.append(f"settings: {', '.join(changed)} differ from the recipe")
-    if prepared.preprocessing.protocol not in (run.definition.protocol, *run.definition.other_protocols):
-        reasons.append(f"protocol: {prepared.preprocessing.protocol} instead of the method's {run.definition.protocol}")
-    # both debris algorithms keep the same points
-    by_hand = [name for name in request.preprocessing if name not in ("protocol", "debris")]
-    if by_hand:
-        reasons.append(f"preprocessing: {', '.join(by_hand)} set by hand")
-    if request.full_resolution:
-        reasons.append("full resolution: published metrics are at 224 x 224")
-    if request.recipe != "official":
-        reasons.append(f"recipe: {request.recipe} departs from the published code")
-    return reasons
-
-
 class _Clock:
     """Wall seconds per stage."""
 
@@ -493,66 +300,3 @@ class _Clock:
 
     def __exit__(self, *_: object) -> None:
         self.seconds[self._stage] = round(time.perf_counter() - self._start, 3)
-
-
-def environment() -> Environment:
-    """Versions without importing anything heavy; the device is filled in by what computes."""
-    return Environment(
-        mmad=__version__,
-        git=_git_revision(),
-        python=platform.python_version(),
-        platform=platform.platform(),
-        device="cpu",
-        torch=library_version("torch"),
-        timm=library_version("timm"),
-        faiss=library_version("faiss"),
-        open3d=library_version("open3d"),
-        numpy=library_version("numpy"),
-        **{"scikit-learn": library_version("scikit-learn")},
-    )
-
-
-def _git_revision() -> str | None:
-    """Commit of a source checkout of mmad; None for an installed package."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
-def _device_name(session: Session) -> str:
-    if session.resolve_device() == "cpu":
-        return "cpu"
-    import torch
-
-    return f"cuda ({torch.cuda.get_device_name()})"
-
-
-def _peak_rss() -> int | None:
-    """Largest resident set of this process so far, in bytes."""
-    try:
-        import resource
-    except ImportError:
-        # not on Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # kilobytes on Linux, bytes on macOS
-    return int(peak if sys.platform == "darwin" else peak * 1024)
-
-
-def _peak_vram() -> int | None:
-    if "torch" not in sys.modules:
-        return None
-    import torch
-
-    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mmad_cli.errors import DataError, StoreError, UsageError, unknown_name
-from mmad_cli.stages.evaluate import EvaluateRequest, Prepared, prepare, preprocess_config
 from mmad_cli.stages.features import FeatureJob
 from mmad_cli.stages.plan import (
     CategorySamples,
@@ -20,6 +19,7 @@ from mmad_cli.stages.plan import (
 )
 from mmad_cli.stages.predict import fitted_method
 from mmad_cli.stages.preprocess import StageReport, extract_category, preprocess_category
+from mmad_cli.stages.request import EvaluateRequest, Prepared, prepare, preprocess_config
 from mmad_cli.stages.session import Session
 from mmad_cli.stages.shared import ALL_CATEGORIES, plan_shared, train_shared
 from mmad_cli.store import Artefact, RawIndex

@@ -157,9 +157,9 @@ def test_a_damaged_feature_is_named_and_computed_again(
         for path in sorted((store.root / stage / "block").rglob("*"), reverse=True):
             path.unlink() if path.is_file() else path.rmdir()
     notices: list[str] = []
-    from mmad_cli.stages.evaluate import EvaluateRequest
     from mmad_cli.stages.evaluate import evaluate as run_stage
     from mmad_cli.stages.progress import SilentReporter
+    from mmad_cli.stages.request import EvaluateRequest
     from mmad_cli.stages.session import Session
 
     class Listening(SilentReporter):
@@ -261,9 +261,7 @@ def test_force_computes_again(tiny_dataset: Path, tmp_path: Path, monkeypatch: p
     evaluate(tiny_dataset, tmp_path, categories=["block"])
     calls: list[str] = []
     original = predict.fitted_method
-    monkeypatch.setattr(
-        "mmad_cli.stages.evaluate.fitted_method", lambda *a: (calls.append("fit"), original(*a))[1]
-    )
+    monkeypatch.setattr("mmad_cli.stages.evaluate.fitted_method", lambda *a: (calls.append("fit"), original(*a))[1])
     evaluate(tiny_dataset, tmp_path, categories=["block"])
     assert calls == []
     evaluate(tiny_dataset, tmp_path, categories=["block"], force=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from mmad_cli.store import Store
 class Sharing(BTF):
     """BTF with an offset on its image scores, learned over all categories."""
 
-    calls: list[list[str]] = []
+    calls: ClassVar[list[list[str]]] = []
     interrupt_at = 0
 
     def needs_shared(self) -> bool:
@@ -73,6 +73,8 @@ def test_it_runs_once_and_over_all_categories(tiny_dataset: Path, tmp_path: Path
     evaluate(tiny_dataset, tmp_path, seed=1, out=tmp_path / "seed")
     assert len(sharing.calls) == 2
     assert scores(tmp_path / "seed") != scores(tmp_path / "both")
+    evaluate(tiny_dataset, tmp_path, out=tmp_path / "both", force=True)
+    assert len(sharing.calls) == 3
 
 
 def test_an_interrupted_training_goes_on(tiny_dataset: Path, tmp_path: Path, sharing: type[Sharing]) -> None:

@@ -55,6 +55,8 @@ _NETWORK_FILE = "uff.safetensors"
 _CHANNELS: dict[BankName, int] = {"points": 1152, "rgb": 768, "fused": 1920}
 _RGB_PATCHES = 784
 _MEBIBYTE = 1 << 20
+# peak bytes per entry of the projected rows; in half precision both forms of the rows are held (measured)
+_SELECTION_BYTES = {"float32": 5.2, "float16": 12.0}
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,7 @@ class M3DM:
             kept = selection(self.config, rows, first_kept).rows_to_keep(rows)
             first_kept = first_kept or kept
             width = projected_dimension(rows, _CHANNELS[name], self.config.coreset_eps) or _CHANNELS[name]
-            selecting = max(selecting, int(5.2 * rows * width) + kept_bytes)
+            selecting = max(selecting, int(_SELECTION_BYTES[self.config.coreset_dtype] * rows * width) + kept_bytes)
             kept_bytes += 4 * kept * _CHANNELS[name]
         # per pixel: a score of every bank, and the sample weight, order and sign that the one-class machine makes
         weighing = n * MAP_SIZE**2 * 8 * (len(self.config.parts) + 3) if self.config.needs_decision_fusion else 0

@@ -1,0 +1,101 @@
+"""What was asked for, and everything looked up before anything is computed: bad input is refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmad_cli.errors import UsageError
+from mmad_cli.stages.plan import MethodRun, Selection, choose_categories
+from mmad_cli.stages.session import Session
+
+if TYPE_CHECKING:
+    from mmad_cli.backbones.weights import WeightsRecord
+    from mmad_cli.datasets.base import Dataset
+    from mmad_cli.preprocessing.config import PreprocessConfig
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """What `mmad evaluate` was asked for."""
+
+    data: Path
+    method: str
+    variant: str | None = None
+    recipe: str = "official"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    protocol: str | None = None
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    selection: Selection = field(default_factory=Selection)
+    save_maps: bool = False
+    full_resolution: bool = False
+    force: bool = False
+    out: Path | None = None
+    argv: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request with everything looked up: nothing is computed yet, and bad input has been refused."""
+
+    request: EvaluateRequest
+    dataset: Dataset
+    categories: list[str]
+    run: MethodRun
+    records: list[WeightsRecord]
+    preprocessing: PreprocessConfig
+
+
+def prepare(session: Session, request: EvaluateRequest) -> Prepared:
+    """Check method, variant, fields, weights, dataset and categories. Raises errors with exit code 2."""
+    from mmad_cli.datasets import open_dataset
+    from mmad_cli.methods import build, build_config, get_method
+    from mmad_cli.methods.base import OwnWeights, ReadsValidation
+
+    definition = get_method(request.method)
+    config = build_config(definition, request.variant, request.recipe, request.settings)
+    method = build(definition, config)
+    if request.full_resolution and method.view != "resize":
+        raise UsageError(
+            f"--full-resolution: {definition.name} scores a crop of the image here; "
+            "add --set view=resize or leave --full-resolution out"
+        )
+    dataset = open_dataset(request.data)
+    categories = choose_categories(dataset, request.selection.categories)
+    specs = method.features()
+    own_weights = tuple(method.weights_names()) if isinstance(method, OwnWeights) else ()
+    records = _weights(specs, own_weights)
+    run = MethodRun(
+        definition,
+        config,
+        request.selection.seed,
+        specs,
+        {record.name: record.sha256 for record in records},
+        own_weights,
+        reads_validation=isinstance(method, ReadsValidation) and method.needs_validation,
+    )
+    preprocessing = preprocess_config(request.protocol or definition.protocol, request.preprocessing)
+    return Prepared(request, dataset, categories, run, records, preprocessing)
+
+
+def preprocess_config(protocol: str, settings: Mapping[str, Any]) -> PreprocessConfig:
+    """Parameters of a protocol with single fields set by the user."""
+    from pydantic import ValidationError
+
+    from mmad_cli.preprocessing.config import PreprocessConfig
+
+    try:
+        return PreprocessConfig.model_validate({"protocol": protocol, **settings})
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str((first["loc"] or ("protocol",))[0]).replace("_", "-")
+        raise UsageError(f"--{option} {first.get('input')}: {first['msg']}") from error
+
+
+def _weights(specs: Mapping[str, Any], own: Sequence[str]) -> list[WeightsRecord]:
+    from mmad_cli.backbones.weights import resolve
+
+    names = {name for spec in specs.values() for name in spec.weights_names()} | set(own)
+    return [resolve(name) for name in sorted(names)]
