@@ -39,10 +39,10 @@ def run_all(chosen: list[str], quick: bool) -> list[dict[str, Any]]:
 
 
 def print_row(row: dict[str, Any]) -> None:
-    """One line; a bar of None is for information only."""
+    """One line; a bar of None is for information only, a `figure` stands where no times are compared."""
     verdict = "" if row.get("ok") is None or not row.get("bar") else ("met" if row["ok"] else "MISSED")
     numbers = [f"{row[key]:.4g} s" if row.get(key) is not None else "" for key in ("repo_seconds", "ours_seconds")]
-    ratio = f"{row['ratio']:.1f}x" if row.get("ratio") else ""
+    ratio = row.get("figure") or (f"{row['ratio']:.1f}x" if row.get("ratio") else "")
     print(
         f"{row['name']:<78} {numbers[0]:>11} {numbers[1]:>10} {ratio:>8}  {row.get('bar') or ''} {verdict}", flush=True
     )

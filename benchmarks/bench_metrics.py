@@ -1,15 +1,11 @@
 """Metrics against the forms in which published codes compute them, in one process on the same synthetic maps.
 
-    python benchmarks/bench_metrics.py [--quick]
-
 The slow forms run on a part of the maps where the table says so, and their time is scaled up in proportion.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -196,18 +192,3 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
             "<= 3 s", lambda ours, _: ours <= 3,
         ),
     ]  # fmt: skip
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few maps; the bars in seconds mean little then")
-    rows = run(parser.parse_args().quick)
-    print(f"{'repo s':>8} {'ours s':>8} {'ratio':>7}  {'bar':<9} {'ok':<4} what")
-    for entry in rows:
-        figures = f"{entry['repo_seconds']:8.3f} {entry['ours_seconds']:8.3f} {entry['ratio']:6.1f}x"
-        print(f"{figures}  {entry['bar']:<9} {'yes' if entry['ok'] else 'NO':<4} {entry['name']}")
-    return 0 if all(entry["ok"] for entry in rows) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

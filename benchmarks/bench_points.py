@@ -1,15 +1,11 @@
 """The point path of one scan without the network: centres, groups, interpolation and pooling to 56 x 56 patches.
 
-    python benchmarks/bench_points.py [--quick]
-
 Both sides start from the same cloud of 40 000 points and the same group features, in one process. The published form
 is what M3DM's code does, with PyTorch in place of the CUDA operators.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -127,19 +123,3 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
             "note": f"{parts}; {'same' if same else 'OTHER'} centres, median patch difference {error:.1e}",
         }
     ]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    rows = run(parser.parse_args().quick)
-    for row in rows:
-        print(
-            f"{row['name']}: published {row['repo_seconds']:.3f} s, ours {row['ours_seconds']:.4f} s, "
-            f"{row['ratio']:.0f}x (bar {row['bar']}) {'ok' if row['ok'] else 'MISSED'}; {row['note']}"
-        )
-    return 0 if all(row["ok"] for row in rows) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,16 +1,12 @@
 """Preprocessing one scan against the published recipe, in one process on the same scan, file reading included.
 
-    python benchmarks/bench_preprocessing.py [--data FOLDER] [--quick]
-
 Without a dataset folder a scan of similar structure is generated: 400 x 400 pixels, a speckled table, an object of
 about 24000 points, debris.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -128,21 +124,3 @@ def run(data: Path | None = None, quick: bool = False) -> list[dict[str, Any]]:
             "note": f"{int(kept.sum())} points kept, IoU {overlap:.6f}; the published form also writes its result",
         }
     ]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="dataset folder; its first scan is used")
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
-    rows = run(options.data, options.quick)
-    for row in rows:
-        print(
-            f"{row['name']}: published {row['repo_seconds']:.3f} s, ours {row['ours_seconds']:.4f} s, "
-            f"{row['ratio']:.0f}x (bar {row['bar']}) {'ok' if row['ok'] else 'MISSED'}; {row['note']}"
-        )
-    return 0 if all(row["ok"] for row in rows) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
