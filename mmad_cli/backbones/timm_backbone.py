@@ -130,9 +130,21 @@ def _architecture(settings: TimmParams) -> torch.nn.Module:
     if not (hasattr(network, "patch_embed") and hasattr(network, "num_prefix_tokens")):
         raise UsageError(f"{settings.model}: has no patch tokens; choose feature outputs, for example outputs=[2, 3]")
     if network.patch_embed.img_size not in (None, (settings.size, settings.size)):
-        network = timm.create_model(settings.model, pretrained=False, num_classes=0, dynamic_img_size=True)
+        network = _of_free_size(timm, settings)
         _grid(network, settings)
     return cast("torch.nn.Module", network)
+
+
+def _of_free_size(timm: Any, settings: TimmParams) -> Any:
+    """The network for other images than it was trained on; its position embeddings are interpolated for each batch.
+
+    Parameters keep their shapes, so weights still load strictly.
+    """
+    try:
+        return timm.create_model(settings.model, pretrained=False, num_classes=0, dynamic_img_size=True)
+    except TypeError as error:
+        own = timm.get_pretrained_cfg(settings.model).input_size[-1]
+        raise UsageError(f"{settings.model}: size must be {own}, its own, got {settings.size}") from error
 
 
 def _with_outputs(timm: Any, settings: TimmParams) -> Any:

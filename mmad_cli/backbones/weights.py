@@ -497,6 +497,8 @@ _KNOWN: dict[str, WeightsEntry] = {
             "ViT-S/14, DINOv2",
             "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
         ),
+        _timm("vit_base_patch16_dinov3.lvd1689m", "dinov3-license", "ViT-B/16, DINOv3"),
+        _timm("vit_small_patch16_dinov3.lvd1689m", "dinov3-license", "ViT-S/16, DINOv3"),
         WeightsEntry(
             "point_mae",
             "point_mae",

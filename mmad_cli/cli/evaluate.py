@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -19,7 +19,6 @@ from mmad_cli.cli.options import (
     Protocol,
     Recipe,
     RgbBackground,
-    Seed,
     Settings,
     Shots,
     StoreOption,
@@ -64,7 +63,14 @@ def evaluate(
     rgb_background: RgbBackground = None,
     debris: Debris = None,
     shots: Shots = None,
-    seed: Seed = 0,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--seed",
+            help="Seed of everything random in the method. Default: 0. May be repeated: a run each, and their spread.",
+            show_default=False,
+        ),
+    ] = None,
     limit: Limit = None,
     full_resolution: Annotated[
         bool, typer.Option("--full-resolution", help="Metrics at scan size instead of 224 x 224.")
@@ -74,7 +80,10 @@ def evaluate(
     save_maps: Annotated[bool, typer.Option("--save-maps", help="Write the anomaly maps into the run.")] = False,
     force: Force = False,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Run folder. Default: runs/<run-id>.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--out", help="Run folder, or the folder above several runs. Default: runs/<run-id>.", show_default=False
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be computed, and stop.")] = False,
     store: StoreOption = None,
@@ -85,6 +94,8 @@ def evaluate(
     Example: mmad evaluate data/mvtec3d --method btf --variant fpfh
 
     Example: mmad evaluate --method btf --variant fpfh --category biscuit
+
+    Example: mmad evaluate --method btf --variant fpfh --shots 5 --seed 0 --seed 1 --seed 2
     """
     from mmad_cli.methods import parse_settings
     from mmad_cli.stages.default_data import default_dataset
@@ -93,26 +104,26 @@ def evaluate(
     from mmad_cli.stages.plan import Selection
     from mmad_cli.stages.request import EvaluateRequest
 
-    combinations = _combinations(method, variant or [])
+    combinations = _combinations(method, variant or [], seed or [0])
     with ConsoleReporter() as reporter, open_session(reporter, store, workers, device) as session:
         folder = data if data is not None else default_dataset(session)
         requests = [
             EvaluateRequest(
                 data=folder,
-                method=name,
-                variant=chosen,
+                method=chosen.method,
+                variant=chosen.variant,
                 recipe=recipe,
                 settings=parse_settings(settings or []),
                 protocol=protocol,
                 preprocessing=preprocessing_settings(rgb_background, debris),
-                selection=Selection(tuple(category or ()), shots=shots, limit=limit, seed=seed),
+                selection=Selection(tuple(category or ()), shots=shots, limit=limit, seed=chosen.seed),
                 save_maps=save_maps,
                 full_resolution=full_resolution,
                 force=force,
-                out=_out(out, name, chosen, len(combinations)),
+                out=_out(out, chosen, combinations),
                 argv=["mmad", *sys.argv[1:]],
             )
-            for name, chosen in combinations
+            for chosen in combinations
         ]
         if dry_run:
             lines = [(request, line) for request in requests for line in plan(session, request)]
@@ -130,18 +141,28 @@ def evaluate(
     return INCOMPLETE if incomplete else 0
 
 
-def _combinations(methods: list[str], variants: list[str]) -> list[tuple[str, str | None]]:
+class _Combination(NamedTuple):
+    method: str
+    variant: str | None
+    seed: int
+
+
+def _combinations(methods: list[str], variants: list[str], seeds: list[int]) -> list[_Combination]:
+    """Every run that was asked for; the seeds of one method and variant follow each other."""
     if len(methods) > 1 and variants:
         raise UsageError("--variant: give it with one --method only; several methods run with their default variants")
-    if variants:
-        return [(methods[0], variant) for variant in variants]
-    return [(method, None) for method in methods]
+    chosen: list[tuple[str, str | None]] = [(methods[0], variant) for variant in variants]
+    chosen = chosen or [(method, None) for method in methods]
+    return [_Combination(method, variant, seed) for method, variant in chosen for seed in dict.fromkeys(seeds)]
 
 
-def _out(out: Path | None, method: str, variant: str | None, count: int) -> Path | None:
-    if out is None or count == 1:
+def _out(out: Path | None, run: _Combination, runs: list[_Combination]) -> Path | None:
+    """The run's own folder: --out itself for a single run, else one below it, such as `btf-fpfh-seed-1`."""
+    if out is None or len(runs) == 1:
         return out
-    return out / (method if variant is None else f"{method}-{variant}")
+    several_seeds = len({other.seed for other in runs}) > 1
+    parts = [run.method, run.variant, f"seed-{run.seed}" if several_seeds else None]
+    return out / "-".join(part for part in parts if part is not None)
 
 
 def _short(path: Path) -> Path:
@@ -161,27 +182,58 @@ def _show_plan(lines: list[tuple[EvaluateRequest, PlanLine]], as_json: bool) -> 
     from dataclasses import asdict
 
     if as_json:
-        print_json([{"method": request.method, "variant": request.variant, **asdict(line)} for request, line in lines])
+        print_json(
+            [
+                {"method": request.method, "variant": request.variant, "seed": request.selection.seed, **asdict(line)}
+                for request, line in lines
+            ]
+        )
         return
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="Still to be computed", title_justify="left")
-    for name in ("method", "category", "stage"):
+    several_seeds = len({request.selection.seed for request, _ in lines}) > 1
+    for name in ("method", *(["seed"] if several_seeds else []), "category", "stage"):
         table.add_column(name)
-    for name in ("in all", "missing", "disk (MB)", "memory (MB)"):
+    for name in ("in all", "missing", "disk (MB)", "memory (MB)", "time"):
         table.add_column(name, justify="right")
     for request, line in lines:
         table.add_row(
             request.method,
+            *([str(request.selection.seed)] if several_seeds else []),
             escape(line.category),
             line.stage,
             str(line.total),
             str(line.missing),
             f"{line.disk_bytes / 1e6:.1f}",
             f"{line.memory_bytes / 1e6:.1f}" if line.memory_bytes else "",
+            "?" if line.seconds is None else _duration(line.seconds),
         )
     print_rich(table)
     disk = sum(line.disk_bytes for _, line in lines) / 1e9
     peak = max((line.memory_bytes for _, line in lines), default=0) / 1e9
-    print_out(f"disk for the store: about {disk:.2f} GB; peak memory beyond the networks: about {peak:.2f} GB")
+    # clean scans and features that several runs share are in the lines of each
+    about = "about" if len({id(request) for request, _ in lines}) < 2 else "at most about"
+    print_out(f"disk for the store: {about} {disk:.2f} GB; peak memory beyond the networks: about {peak:.2f} GB")
+    print_out(_total_time([line.seconds for _, line in lines]))
+
+
+def _total_time(seconds: list[float | None]) -> str:
+    known = [value for value in seconds if value is not None]
+    if len(known) == len(seconds):
+        return f"time: about {_duration(sum(known)) or '0 s'}"
+    unknown = "? = nothing like it has been measured on this machine yet"
+    return f"time: at least {_duration(sum(known))}; {unknown}" if any(known) else f"time: {unknown}"
+
+
+def _duration(seconds: float) -> str:
+    """Two digits at most, in the unit that is easiest to read; empty for nothing to do."""
+    if not seconds:
+        return ""
+    if seconds < 1:
+        return "< 1 s"
+    for limit, unit, name in ((99.5, 1, "s"), (99.5 * 60, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 3600:.1f} h"

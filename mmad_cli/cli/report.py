@@ -55,6 +55,8 @@ def report(
 ) -> int:
     """Show the tables of runs; with --against, fail when a number has moved.
 
+    Runs that differ in nothing but their seed get one more table: mean and standard deviation over the seeds.
+
     Ends with 0 when all compared numbers are within tolerance, 1 when one is not, 3 when one is missing.
 
     Example: mmad report runs/btf-fpfh-mvtec3d-1a2b3c4d --against btf-readme --tolerance 0.01

@@ -51,8 +51,9 @@ def render(
     """Text of a report, with a newline at its end.
 
     One run gives a table of its categories, several runs give tables with one row per run; comparisons follow.
+    Runs that differ in nothing but their seed get one more table, of mean and standard deviation over the seeds.
     `csv` is tidy, one number per line: of the runs, or, where there are comparisons, of these. `json` holds the
-    runs and comparisons whole.
+    runs and comparisons whole, and the spread over seeds.
 
     Raises UsageError for an unknown format or metric.
     """

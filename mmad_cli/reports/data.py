@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mmad_cli.reports.document import choose_metrics
 from mmad_cli.results.compare import MEAN, Comparison, ComparisonRow
 from mmad_cli.results.metric_names import METRICS
 from mmad_cli.results.schema import RunResult
+from mmad_cli.results.seeds import SeedGroup, Spread, group_by_seed
 
 RUN_COLUMNS = (
     "run_id",
@@ -41,7 +42,8 @@ COMPARISON_COLUMNS = (
 def render_csv(runs: Sequence[RunResult], metrics: Sequence[str] | None, comparisons: Sequence[Comparison]) -> str:
     """One number per line: of the runs with the mean as category `mean`, or of the comparisons if there are any.
 
-    Without `metrics` all metrics that a run has. An empty value is undefined, or its category failed.
+    Without `metrics` all metrics that a run has. An empty value is undefined, or its category failed. Every line is
+    of one run: mean and spread over seeds are not in here, the JSON has them.
     """
     if comparisons:
         return _csv(COMPARISON_COLUMNS, [_fields(c, row) for c in comparisons for row in c.rows])
@@ -50,11 +52,16 @@ def render_csv(runs: Sequence[RunResult], metrics: Sequence[str] | None, compari
 
 
 def render_json(runs: Sequence[RunResult], metrics: Sequence[str] | None, comparisons: Sequence[Comparison]) -> str:
-    """`{"runs": [...], "comparisons": [...]}`: the runs as in their `summary.json`, whatever the metrics."""
+    """`{"runs": [...], "seeds": [...], "comparisons": [...]}`, whatever the metrics.
+
+    The runs are as in their `summary.json`. `seeds` has an entry for each group of runs that differ in nothing but
+    their seed, with mean, sample standard deviation and number of values per category and metric.
+    """
     if metrics:
         choose_metrics(runs, metrics)  # an unknown name is an error in every format
     data = {
         "runs": [run.model_dump(mode="json", by_alias=True) for run in runs],
+        "seeds": [_seed_group(group) for group in group_by_seed(runs)],
         "comparisons": [_comparison(comparison) for comparison in comparisons],
     }
     return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -112,3 +119,22 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
         "rows": [{**vars(row), "difference": row.difference} for row in comparison.rows],
         "exit_code": comparison.exit_code,
     }
+
+
+def _seed_group(group: SeedGroup) -> dict[str, Any]:
+    first = group.runs[0]
+    return {
+        "run_ids": [run.run_id for run in group.runs],
+        "seeds": list(group.seeds),
+        "method": first.method.name,
+        "variant": first.method.variant,
+        "recipe": first.method.recipe,
+        "dataset": first.dataset.name,
+        "comparable": all(run.comparable for run in group.runs),
+        "categories": {name: _spreads(values) for name, values in group.categories.items()},
+        "mean": _spreads(group.mean),
+    }
+
+
+def _spreads(values: Mapping[str, Spread]) -> dict[str, Any]:
+    return {key: {"mean": s.mean, "std": s.std, "n": s.count} for key, s in values.items()}

@@ -9,6 +9,7 @@ from typing import Literal
 from mmad_cli.results.compare import Comparison, ComparisonRow
 from mmad_cli.results.metric_names import DEFAULT_METRICS, METRICS, check_metrics, higher_is_better, label
 from mmad_cli.results.schema import CategoryResult, RunResult
+from mmad_cli.results.seeds import SeedGroup, Spread, group_by_seed
 
 NOT_AVAILABLE = "n/a"
 NOT_COMPARABLE = "†"
@@ -67,11 +68,15 @@ class _Notes:
 def build_document(
     runs: Sequence[RunResult], metrics: Sequence[str] | None = None, comparisons: Sequence[Comparison] = ()
 ) -> Document:
-    """Sections for the runs, one table per dataset and metric when there are several, then the comparisons."""
+    """Sections for the runs, one table per dataset and metric when there are several, then the comparisons.
+
+    Runs that differ only in their seed get a table of mean and spread after those of their dataset.
+    """
     keys = choose_metrics(runs, metrics)
     sections: list[Section] = []
     for group in _by_dataset(runs):
         sections += [_run_section(group[0], keys)] if len(group) == 1 else _group_sections(group, keys)
+        sections += [_seeds_section(seeds, keys) for seeds in group_by_seed(group)]
     sections += [_comparison_section(comparison) for comparison in comparisons]
     return Document(tuple(sections))
 
@@ -112,12 +117,19 @@ def _value_cell(value: float | None, reason: str, notes: _Notes, note: str = "")
 
 def _category_cell(result: CategoryResult | None, metric: str, notes: _Notes) -> Cell:
     """Value of one category, or why there is none."""
+    if result is not None and result.status == "failed":
+        return Cell("failed", mark=notes.mark(_absence(result, metric)), tone="bad")
+    value = None if result is None else result.metrics.get(metric)
+    return _value_cell(value, _absence(result, metric), notes)
+
+
+def _absence(result: CategoryResult | None, metric: str) -> str:
+    """Why a category has no value of a metric."""
     if result is None:
-        return Cell(NOT_AVAILABLE, mark=notes.mark("the run has no result for this category"))
+        return "the run has no result for this category"
     if result.status == "failed":
-        return Cell("failed", mark=notes.mark(f"failed: {result.error}"), tone="bad")
-    reason = result.metrics_null_reasons.get(metric, "not computed by the run")
-    return _value_cell(result.metrics.get(metric), reason, notes)
+        return f"failed: {result.error}"
+    return result.metrics_null_reasons.get(metric, "not computed by the run")
 
 
 def _mean_cell(run: RunResult, metric: str, notes: _Notes) -> Cell:
@@ -125,11 +137,11 @@ def _mean_cell(run: RunResult, metric: str, notes: _Notes) -> Cell:
     return _value_cell(run.mean.get(metric), note or "no category has a value", notes, note)
 
 
-def _settings(run: RunResult) -> str:
+def _settings(which: str, seed: str, run: RunResult) -> str:
     parts = [
-        f"run {run.run_id}",
+        which,
         f"preprocessing {run.preprocessing.protocol}",
-        f"seed {run.seed}",
+        seed,
         f"{run.shots} shots" if run.shots is not None else "",
         f"limit {run.limit}" if run.limit is not None else "",
         "full resolution" if run.full_resolution else "",
@@ -144,6 +156,10 @@ def _not_comparable(run: RunResult) -> tuple[str, ...]:
     return (f"Not comparable with published numbers: {reasons}",)
 
 
+def _unfinished(missing: Sequence[str]) -> tuple[str, ...]:
+    return (f"No result for: {', '.join(missing)}",) if missing else ()
+
+
 def _run_section(run: RunResult, metrics: Sequence[str]) -> Section:
     """One run: a row per category, then the mean."""
     notes = _Notes()
@@ -152,15 +168,13 @@ def _run_section(run: RunResult, metrics: Sequence[str]) -> Section:
         for name, result in run.categories.items()
     ]
     mean = (Cell("mean"), *(_mean_cell(run, metric, notes) for metric in metrics))
-    missing = run.missing_categories
-    unfinished = (f"No result for: {', '.join(missing)}",) if missing else ()
     return Section(
         title=f"{run_label(run)} on {run.dataset.name}",
-        subtitle=_settings(run),
+        subtitle=_settings(f"run {run.run_id}", f"seed {run.seed}", run),
         header=("category", *map(label, metrics)),
         rows=(*rows, mean),
         rule_before=len(rows),
-        warnings=(*_not_comparable(run), *unfinished),
+        warnings=(*_not_comparable(run), *_unfinished(run.missing_categories)),
         notes=notes.lines(),
     )
 
@@ -186,9 +200,17 @@ def _group_sections(runs: Sequence[RunResult], metrics: Sequence[str]) -> list[S
 
 
 def _distinct_labels(runs: Sequence[RunResult]) -> list[str]:
-    """Labels; with the run's id where two runs would share one."""
+    """Labels; where runs would share one, with the seed if that is all they differ in, else with the run's id."""
     labels = [run_label(run) for run in runs]
-    return [f"{text} {run.run_id}" if labels.count(text) > 1 else text for run, text in zip(runs, labels, strict=True)]
+    by_label = {text: [run for run in runs if run_label(run) == text] for text in labels}
+    return [_distinct_label(run, by_label[text]) for run, text in zip(runs, labels, strict=True)]
+
+
+def _distinct_label(run: RunResult, namesakes: Sequence[RunResult]) -> str:
+    if len(namesakes) == 1:
+        return run_label(run)
+    only_seeds = any(len(group.runs) == len(namesakes) for group in group_by_seed(namesakes))
+    return f"{run_label(run)} seed {run.seed}" if only_seeds else f"{run_label(run)} {run.run_id}"
 
 
 def _means_section(
@@ -268,6 +290,71 @@ def _with_best(cells: Sequence[Cell], values: Sequence[float | None], metric: st
         Cell(cell.text, bold=text == best, mark=cell.mark, tone=cell.tone)
         for cell, text in zip(cells, printed, strict=True)
     ]
+
+
+def _seeds_section(group: SeedGroup, metrics: Sequence[str]) -> Section:
+    """Mean and standard deviation over the seeds: a row per category, then the mean over categories."""
+    notes = _Notes()
+    rows = [(Cell(name), *(_seeds_cell(group, name, metric, notes) for metric in metrics)) for name in group.categories]
+    mean = (Cell("mean"), *(_seeds_mean_cell(group, metric, notes) for metric in metrics))
+    first = group.runs[0]
+    never = [name for name in first.dataset.categories if name not in group.categories]
+    return Section(
+        title=f"{run_label(first)} on {first.dataset.name} over {len(group.seeds)} seeds",
+        subtitle=_settings("mean ± sample standard deviation", _seeds_text(group.seeds), first),
+        header=("category", *map(label, metrics)),
+        rows=(*rows, mean),
+        rule_before=len(rows),
+        warnings=(
+            *dict.fromkeys(warning for run in group.runs for warning in _not_comparable(run)),
+            *_unfinished(never),
+        ),
+        notes=notes.lines(),
+    )
+
+
+def _seeds_text(seeds: Sequence[int]) -> str:
+    return f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
+
+
+def _seeds_cell(group: SeedGroup, category: str, metric: str, notes: _Notes) -> Cell:
+    results = [run.categories.get(category) for run in group.runs]
+    if all(result is not None and result.status == "failed" for result in results):
+        return Cell("failed", mark=notes.mark(_lost_seeds(group, Spread(), category, metric)), tone="bad")
+    spread = group.categories[category].get(metric, Spread())
+    return _spread_cell(spread, notes, _lost_seeds(group, spread, category, metric))
+
+
+def _lost_seeds(group: SeedGroup, spread: Spread, category: str, metric: str) -> str:
+    """Which seeds have no value and why; empty when all have one."""
+    reasons: dict[str, list[int]] = {}
+    for run in group.runs:
+        if run.seed not in spread.values:
+            reasons.setdefault(_absence(run.categories.get(category), metric), []).append(run.seed)
+    if not reasons:
+        return ""
+    texts = [f"{_seeds_text(seeds)}: {reason}" for reason, seeds in reasons.items()]
+    return f"over {spread.count} of {len(group.seeds)} seeds; {'; '.join(texts)}"
+
+
+def _seeds_mean_cell(group: SeedGroup, metric: str, notes: _Notes) -> Cell:
+    spread = group.mean.get(metric, Spread())
+    texts = []
+    left_out = [seed for seed in group.seeds if seed not in spread.values]
+    if left_out:
+        texts.append(f"over {spread.count} of {len(group.seeds)} seeds; {_seeds_text(left_out)}: too few categories")
+    defined = sum(values[metric].count > 0 for values in group.categories.values() if metric in values)
+    if defined < len(group.categories):
+        texts.append(f"mean over {defined} of {len(group.categories)} categories")
+    return _spread_cell(spread, notes, "; ".join(texts))
+
+
+def _spread_cell(spread: Spread, notes: _Notes, note: str) -> Cell:
+    """`mean ± standard deviation`; a single value stands alone, and its note says that it is one."""
+    if spread.mean is None or spread.std is None:
+        return _value_cell(spread.mean, note or "no category has a value", notes, note)
+    text = f"{_number(spread.mean)} ± {_number(spread.std)}"
+    return Cell(text, mark=notes.mark(note) if note else "")
 
 
 _TONES: Mapping[str, Tone] = {"ok": "good", "out": "bad", "missing": "warn"}

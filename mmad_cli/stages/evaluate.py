@@ -28,6 +28,7 @@ from mmad_cli.stages.provenance import device_name, peak_rss, peak_vram, start_r
 from mmad_cli.stages.request import EvaluateRequest, Prepared, prepare
 from mmad_cli.stages.session import Session
 from mmad_cli.stages.shared import SharedPlan, plan_shared, train_shared
+from mmad_cli.stages.timing import Stopwatch, metrics_name
 from mmad_cli.store import CorruptArtefactError, RawIndex
 from mmad_cli.store.keys import digest_bytes
 
@@ -164,8 +165,11 @@ def _compute_category(
         method, info = fitted_method(session, plan, prepared.run)
     with clock("predict"):
         scored = predictions(session, plan, prepared.run, method)
+    watch = Stopwatch()
     with clock("metrics"):
         values, reasons = _metrics(session, prepared, plan, scored)
+    watch.lap(len(scored))
+    watch.record(session, metrics_name(prepared.request.full_resolution))
     result = CategoryResult(
         status="ok",
         metrics=values,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mmad_cli.errors import DataError, StoreError, UsageError, unknown_name
-from mmad_cli.stages.features import FeatureJob
+from mmad_cli.stages.features import FeatureJob, runs_in_pool
 from mmad_cli.stages.plan import (
+    FIT,
+    PREDICT,
+    CategoryPlan,
     CategorySamples,
     Selection,
     choose_categories,
@@ -21,7 +25,8 @@ from mmad_cli.stages.predict import fitted_method
 from mmad_cli.stages.preprocess import StageReport, extract_category, preprocess_category
 from mmad_cli.stages.request import EvaluateRequest, Prepared, prepare, preprocess_config
 from mmad_cli.stages.session import Session
-from mmad_cli.stages.shared import ALL_CATEGORIES, plan_shared, train_shared
+from mmad_cli.stages.shared import ALL_CATEGORIES, SharedPlan, plan_shared, train_shared
+from mmad_cli.stages.timing import extract_name, method_name, metrics_name, preprocess_name, seconds_for
 from mmad_cli.store import Artefact, RawIndex
 
 if TYPE_CHECKING:
@@ -49,7 +54,10 @@ class CategoryOutcome:
 
 @dataclass(frozen=True)
 class PlanLine:
-    """What one stage of one category still has to do, and what that will take."""
+    """What one stage of one category still has to do, and what that will take.
+
+    seconds: from earlier work on this machine; None when nothing like it has been measured yet.
+    """
 
     category: str
     stage: str
@@ -57,6 +65,7 @@ class PlanLine:
     missing: int
     disk_bytes: int
     memory_bytes: int
+    seconds: float | None = None
 
 
 def _each_category(
@@ -199,21 +208,19 @@ def _fit_category(
 
 
 def plan(session: Session, request: EvaluateRequest) -> list[PlanLine]:
-    """What `evaluate` would still have to compute, with disk and memory estimates; nothing is computed."""
+    """What `evaluate` would still have to compute, with estimates of disk, memory and time; nothing is computed."""
     prepared = prepare(session, request)
-    store = session.store
-    lines = []
-    method = prepared.run.build("cpu")
     found = {}
     for category, samples in _each_category(session, prepared.dataset, prepared.categories, request.selection):
         if isinstance(samples, DataError):
             raise samples
         found[category] = samples
+    lines = []
+    known = session.timings.known()
     shared = plan_shared(session, prepared.dataset, found, request.selection, prepared.preprocessing, prepared.run)
     if shared is not None:
-        trained = store.folder(shared.artefact).is_dir()
-        lines.append(PlanLine(ALL_CATEGORIES, shared.artefact.stage, 1, int(not trained), 0, 0))
-    for category, samples in found.items():
+        lines.append(_plan_shared_line(session, prepared, shared, known))
+    for samples in found.values():
         chain = plan_category(
             session,
             prepared.dataset,
@@ -223,21 +230,66 @@ def plan(session: Session, request: EvaluateRequest) -> list[PlanLine]:
             shared=None if shared is None else shared.artefact,
             full_resolution=request.full_resolution,
         )
-        clean_missing = [job for job in chain.clean.values() if not store.has_tensors(job.artefact)]
-        scan_bytes = sum(sum(p.stat().st_size for p in job.ref.files.values()) for job in clean_missing)
-        lines.append(
-            # the clean form keeps existing points and the image uncompressed: at most about the raw size
-            PlanLine(category, "preprocess", len(chain.clean), len(clean_missing), scan_bytes, 0)
-        )
-        for name, jobs in chain.features.items():
-            missing = [job for job in jobs.values() if not store.has_tensors(job.artefact)]
-            size = prepared.run.specs[name].estimated_bytes() * len(missing)
-            lines.append(PlanLine(category, f"extract {name}", len(jobs), len(missing), size, 0))
-        fitted = store.folder(chain.fit).is_dir()
-        lines.append(PlanLine(category, "fit", 1, int(not fitted), 0, method.memory_estimate(len(samples.train))))
-        scored = sum(store.has_tensors(artefact) for artefact in chain.predictions.values())
-        left = len(chain.predictions) - scored
-        lines.append(PlanLine(category, "predict", len(chain.predictions), left, left * 201_000, 0))
-        known = store.path(chain.result, ".json").is_file()
-        lines.append(PlanLine(category, "evaluate", 1, int(not known), 0, len(samples.test) * 250_000))
+        lines += _plan_samples(session, prepared, chain, known)
+        lines += _plan_results(session, prepared, chain, known)
     return lines
+
+
+def _plan_shared_line(session: Session, prepared: Prepared, shared: SharedPlan, known: Mapping[str, float]) -> PlanLine:
+    stage = shared.artefact.stage
+    missing = int(not session.store.folder(shared.artefact).is_dir())
+    seconds = _method_seconds(session, known, stage, prepared, shared.trained, missing * shared.trained)
+    return PlanLine(ALL_CATEGORIES, stage, 1, missing, 0, 0, seconds)
+
+
+def _plan_samples(
+    session: Session, prepared: Prepared, chain: CategoryPlan, known: Mapping[str, float]
+) -> Iterator[PlanLine]:
+    """Cleaning and extraction."""
+    store, category = session.store, chain.samples.category
+    left = [job for job in chain.clean.values() if not store.has_tensors(job.artefact)]
+    scan_bytes = sum(sum(p.stat().st_size for p in job.ref.files.values()) for job in left)
+    workers = session.pool_workers(len(left))
+    seconds = seconds_for(known, preprocess_name(prepared.preprocessing, workers), scan_bytes / 1e6, workers)
+    # the clean form keeps existing points and the image uncompressed: at most about the raw size
+    yield PlanLine(category, "preprocess", len(chain.clean), len(left), scan_bytes, 0, seconds)
+    for name, jobs in chain.features.items():
+        spec = prepared.run.specs[name]
+        missing = sum(not store.has_tensors(job.artefact) for job in jobs.values())
+        workers = session.pool_workers(missing) if runs_in_pool(spec) else 1
+        seconds = _on_device(session, known, missing, partial(extract_name, spec, workers=workers), workers)
+        yield PlanLine(category, f"extract {name}", len(jobs), missing, spec.estimated_bytes() * missing, 0, seconds)
+
+
+def _plan_results(
+    session: Session, prepared: Prepared, chain: CategoryPlan, known: Mapping[str, float]
+) -> Iterator[PlanLine]:
+    """Fitting, scoring and metrics."""
+    store, category = session.store, chain.samples.category
+    trained, tested = len(chain.samples.train), len(chain.samples.test)
+    missing = int(not store.folder(chain.fit).is_dir())
+    memory = prepared.run.build("cpu").memory_estimate(trained)
+    seconds = _method_seconds(session, known, FIT, prepared, trained, missing * trained)
+    yield PlanLine(category, "fit", 1, missing, 0, memory, seconds)
+    left = sum(not store.has_tensors(artefact) for artefact in chain.predictions.values())
+    seconds = _method_seconds(session, known, PREDICT, prepared, trained, left)
+    yield PlanLine(category, "predict", tested, left, left * 201_000, 0, seconds)
+    missing = int(not store.path(chain.result, ".json").is_file())
+    seconds = seconds_for(known, metrics_name(prepared.request.full_resolution), missing * tested)
+    yield PlanLine(category, "evaluate", 1, missing, 0, tested * 250_000, seconds)
+
+
+def _method_seconds(
+    session: Session, known: Mapping[str, float], stage: str, prepared: Prepared, trained: int, items: int
+) -> float | None:
+    return _on_device(session, known, items, lambda device: method_name(stage, prepared.run, device, trained))
+
+
+def _on_device(
+    session: Session, known: Mapping[str, float], items: int, name: Callable[[str], str], workers: int = 1
+) -> float | None:
+    """Estimate for what is named by its device, which is looked for only where that makes a difference."""
+    by_device = {device: seconds_for(known, name(device), items, workers) for device in ("cpu", "cuda")}
+    if by_device["cpu"] == by_device["cuda"]:
+        return by_device["cpu"]
+    return by_device[session.resolve_device()]

@@ -12,9 +12,10 @@ from mmad_cli.errors import DataError
 from mmad_cli.methods.base import Prediction
 from mmad_cli.stages.clean import recomputed
 from mmad_cli.stages.features import StoredFeatures, StoredSample
-from mmad_cli.stages.plan import CategoryPlan, MethodRun
+from mmad_cli.stages.plan import FIT, PREDICT, CategoryPlan, MethodRun
 from mmad_cli.stages.session import Session
 from mmad_cli.stages.shared import load_shared
+from mmad_cli.stages.timing import Stopwatch, method_name
 from mmad_cli.store import Artefact, CorruptArtefactError
 from mmad_cli.types import SampleRef
 
@@ -49,10 +50,13 @@ def fitted_method(session: Session, plan: CategoryPlan, run: MethodRun) -> tuple
         train = stored_features(session, plan, plan.samples.train)
         validation = stored_features(session, plan, plan.samples.validation)
         with session.reporter.task(f"{plan.samples.category}: fitting", 0) as advance:
+            watch = Stopwatch()
             method.fit(train, validation, seed=run.seed, progress=advance)
+            watch.lap(len(train))
         info = {"banks": {name: {"rows": b.rows, "dim": b.dim} for name, b in method.banks().items()}}
         with store.write_folder(plan.fit, info) as folder:
             method.save(folder)
+        watch.record(session, method_name(FIT, run, session.resolve_device(), len(train)))
         return method, info
 
 
@@ -98,6 +102,7 @@ def predictions(session: Session, plan: CategoryPlan, run: MethodRun, method: Me
     missing = [ref for ref in plan.samples.test if found[ref.id] is None]
     if missing:
         method = method or fitted_method(session, plan, run)[0]
+        watch = Stopwatch()
         with session.reporter.task(f"{plan.samples.category}: scoring", len(missing)) as advance:
             for done, ref in enumerate(missing, start=1):
                 scored = method.predict(stored_sample(session, plan, ref))
@@ -105,5 +110,7 @@ def predictions(session: Session, plan: CategoryPlan, run: MethodRun, method: Me
                     raise DataError(f"{plan.samples.category} {ref.id}: the method gave a score that is not finite")
                 write_prediction(session, plan.predictions[ref.id], scored)
                 found[ref.id] = scored
+                watch.lap(done)
                 advance(done, len(missing))
+        watch.record(session, method_name(PREDICT, run, session.resolve_device(), len(plan.samples.train)))
     return [prediction for ref in plan.samples.test if (prediction := found[ref.id]) is not None]

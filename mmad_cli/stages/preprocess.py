@@ -12,6 +12,7 @@ from mmad_cli.stages.features import STAGE as EXTRACT
 from mmad_cli.stages.features import FeatureJob, batch_size, runs_in_pool
 from mmad_cli.stages.session import Session
 from mmad_cli.stages.tasks import ExtractTask, clean_task, extract_task, run_all
+from mmad_cli.stages.timing import Stopwatch, extract_name, preprocess_name, raw_megabytes
 from mmad_cli.store import Artefact, CorruptArtefactError, make_key
 
 
@@ -28,6 +29,8 @@ class StageReport:
 def preprocess_category(session: Session, category: str, jobs: Mapping[str, CleanJob]) -> StageReport:
     """Bring every clean scan into the store; what is there already is not touched."""
     missing = [job for job in jobs.values() if _described(session, job.artefact) is None]
+    workers = session.pool_workers(len(missing))
+    watch = Stopwatch(workers)
     failures = run_all(
         clean_task,
         missing,
@@ -35,7 +38,10 @@ def preprocess_category(session: Session, category: str, jobs: Mapping[str, Clea
         title=f"{category}: preprocessing",
         executor=session.pool(len(missing)),
         reporter=session.reporter,
+        watch=watch,
     )
+    if missing and not failures:
+        watch.record(session, preprocess_name(missing[0].config, workers), raw_megabytes(missing[0]))
     _write_manifest(session, PREPROCESS, category, {id_: job.key for id_, job in jobs.items() if id_ not in failures})
     return StageReport(category, len(jobs), len(missing) - len(failures), failures)
 
@@ -54,6 +60,8 @@ def extract_category(session: Session, category: str, features: Mapping[str, Map
         in_pool = runs_in_pool(spec)
         size = 1 if in_pool else batch_size(spec, device)
         tasks = [ExtractTask(tuple(missing[i : i + size]), device) for i in range(0, len(missing), size)]
+        workers = session.pool_workers(len(tasks)) if in_pool else 1
+        watch = Stopwatch(workers)
         failed = run_all(
             extract_task,
             tasks,
@@ -61,7 +69,10 @@ def extract_category(session: Session, category: str, features: Mapping[str, Map
             title=f"{category}: extracting {name}",
             executor=session.pool(len(tasks)) if in_pool else None,
             reporter=session.reporter,
+            watch=watch,
         )
+        if not failed:
+            watch.record(session, extract_name(spec, device, workers))
         failures.update(failed)
         computed += len(missing) - len(failed)
         _write_manifest(session, EXTRACT, category, {i: job.key for i, job in jobs.items() if i not in failed})

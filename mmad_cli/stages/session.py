@@ -9,7 +9,7 @@ from types import TracebackType
 from mmad_cli.errors import UsageError
 from mmad_cli.stages.executor import close_pool, make_pool, resolve_workers
 from mmad_cli.stages.progress import Reporter, SilentReporter
-from mmad_cli.store import Store
+from mmad_cli.store import Store, Timings
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -22,11 +22,13 @@ class Session:
     workers: int | None = None
     device: str = "auto"
     reporter: Reporter = field(default_factory=SilentReporter)
+    timings: Timings = field(init=False, repr=False)
     _executor: Executor | None = field(default=None, init=False, repr=False)
     _resolved_device: str | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         resolve_workers(self.workers)
+        self.timings = Timings(self.store.root)
         if self.device not in DEVICES:
             raise UsageError(f"--device {self.device}: choose one of {', '.join(DEVICES)}")
         if self.device == "cuda":
@@ -40,15 +42,21 @@ class Session:
     ) -> None:
         close_pool(self._executor)
         self._executor = None
+        self.timings.save()
 
     def pool(self, tasks: int) -> Executor | None:
         """The process pool, started when first worth it: starting workers costs more than a few small tasks."""
-        count = resolve_workers(self.workers)
-        if count <= 1 or tasks < 2 * count:
+        count = self.pool_workers(tasks)
+        if count <= 1:
             return None
         if self._executor is None:
             self._executor = make_pool(count)
         return self._executor
+
+    def pool_workers(self, tasks: int) -> int:
+        """How many processes so many tasks would be shared out to; 1 for work in this process."""
+        count = resolve_workers(self.workers)
+        return count if tasks >= 2 * count else 1
 
     def resolve_device(self) -> str:
         """`cpu` or `cuda`. Raises UsageError when cuda is asked for and there is none."""

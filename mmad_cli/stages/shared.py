@@ -23,6 +23,7 @@ from mmad_cli.stages.plan import (
 )
 from mmad_cli.stages.preprocess import extract_category, preprocess_category
 from mmad_cli.stages.session import Session
+from mmad_cli.stages.timing import Stopwatch, method_name
 from mmad_cli.store import Artefact, CorruptArtefactError, library_versions, make_key
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ class SharedPlan:
     artefact: Artefact
     clean: Mapping[str, Mapping[str, CleanJob]]
     features: Mapping[str, Mapping[str, Mapping[str, FeatureJob]]]
+
+    @property
+    def trained(self) -> int:
+        """How many samples are learned from."""
+        return sum(len(jobs) for jobs in self.clean.values())
 
     @property
     def keys(self) -> set[str]:
@@ -119,8 +125,13 @@ def train_shared(session: Session, plan: SharedPlan, run: MethodRun) -> None:
         work = store.root / WORK / plan.artefact.key
         with translated_os_errors(work):
             work.mkdir(parents=True, exist_ok=True)
+            from_start = not any(work.iterdir())
+        watch = Stopwatch()
         with session.reporter.task("training over all categories", 0) as advance:
             _shared(method).fit_shared(_sets(session, plan), seed=run.seed, folder=work, progress=advance)
+        watch.lap(plan.trained)
+        if from_start:
+            watch.record(session, method_name(STAGE, run, session.resolve_device(), plan.trained))
         with store.write_folder(plan.artefact, {}) as folder:
             _shared(method).save_shared(folder)
         shutil.rmtree(work, ignore_errors=True)

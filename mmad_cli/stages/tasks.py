@@ -12,6 +12,7 @@ from mmad_cli.stages.clean import CleanJob, load_clean
 from mmad_cli.stages.executor import run_tasks
 from mmad_cli.stages.features import FeatureJob, extract_batch
 from mmad_cli.stages.progress import Reporter
+from mmad_cli.stages.timing import Stopwatch
 
 Job = TypeVar("Job")
 
@@ -74,8 +75,9 @@ def run_all(
     title: str,
     executor: Executor | None,
     reporter: Reporter,
+    watch: Stopwatch,
 ) -> dict[str, str]:
-    """Run tasks with a progress bar over samples; returns the failures by sample id."""
+    """Run tasks with a progress bar and a stopwatch over samples; returns the failures by sample id."""
     failures: dict[str, str] = {}
     if not jobs:
         return failures
@@ -86,5 +88,6 @@ def run_all(
                 reporter.notice(message)
             failures.update(outcome.failures)
             done += outcome.samples
+            watch.lap(done)
             advance(done, total)
     return failures

@@ -3,6 +3,7 @@
 from mmad_cli.store.keys import library_version, library_versions, make_key
 from mmad_cli.store.raw import RawIndex, check_unchanged
 from mmad_cli.store.store import Artefact, CorruptArtefactError, Problem, Store, Usage, default_root
+from mmad_cli.store.timings import Timings
 
 __all__ = [
     "Artefact",
@@ -10,6 +11,7 @@ __all__ = [
     "Problem",
     "RawIndex",
     "Store",
+    "Timings",
     "Usage",
     "check_unchanged",
     "default_root",

@@ -6,6 +6,7 @@
     <root>/manifests/<stage>/<category>/<key>.json which samples make up a stage's output, with digests
     <root>/runs/<run-id>.json                      which manifests a run needs (for prune)
     <root>/locks/                                  one lock per artefact
+    <root>/timings.json                            seconds per item of earlier work, for estimates
 
 Every file carries or is listed with the digest of its content and is checked whenever it is read.
 """
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 from mmad_cli.errors import StoreError, UsageError
 from mmad_cli.files import TEMPORARY_PREFIX, atomic_folder, atomic_write, translated_os_errors
 from mmad_cli.store.keys import canonical_json, digest_bytes, digest_tensors
+from mmad_cli.store.timings import TIMINGS
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -41,6 +43,8 @@ _STALE_SECONDS = 3600.0
 _LONGEST_NAME = 200
 # Folders below the root that hold no artefacts under a key
 _NOT_ARTEFACTS = ("datasets", "locks", "raw", "runs", "work")
+# What nothing depends on, or what checks itself when it is read
+_NOT_VERIFIED = ("locks", "raw", "work", TIMINGS)
 
 
 class CorruptArtefactError(StoreError):
@@ -259,7 +263,7 @@ class Store:
     def verify(self, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
         """Read every stored file and compare with its digest."""
         problems = []
-        files = [p for p in self._files() if p.relative_to(self.root).parts[0] not in ("locks", "raw", "work")]
+        files = [p for p in self._files() if p.relative_to(self.root).parts[0] not in _NOT_VERIFIED]
         for done, path in enumerate(files, start=1):
             try:
                 _verify_file(path)

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 
 from mmad_cli.backbones import Backbone, FeatureSpec, create
 from mmad_cli.backbones._timm import import_timm, torchvision_state
+from mmad_cli.backbones.specs import TimmParams
+from mmad_cli.backbones.timm_backbone import output_shapes
 from mmad_cli.backbones.weights import import_file
 from mmad_cli.errors import UsageError, WeightsError
 from mmad_cli.types import Sample
@@ -21,6 +23,7 @@ GoldenSample = Callable[[int], Sample]
 CNN = "resnet18.tv_in1k"
 VIT = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 REGISTERS = "vit_small_patch14_reg4_dinov2.lvd142m"
+ROTARY = "vit_small_patch16_dinov3.lvd1689m"
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
@@ -142,6 +145,48 @@ def test_register_tokens_are_dropped_and_the_grid_is_free(install: Any, golden_s
     assert features["tokens"].shape == (81, 384)
     with pytest.raises(UsageError, match="multiple of its 14 x 14 patches, got 100"):
         create(FeatureSpec.timm(REGISTERS, size=100))
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "side", "channels"),
+    [
+        ("vit_base_patch8_224.dino", 224, 28, 768),
+        ("vit_small_patch14_dinov2.lvd142m", 224, 16, 384),
+        ("vit_small_patch14_dinov2.lvd142m", 518, 37, 384),
+        ("vit_base_patch14_dinov2.lvd142m", 518, 37, 768),
+        (ROTARY, 448, 28, 384),
+        ("vit_base_patch16_dinov3.lvd1689m", 224, 14, 768),
+    ],
+)
+def test_grid_follows_from_size_and_patches(model: str, size: int, side: int, channels: int) -> None:
+    shapes = output_shapes(TimmParams(model=model, size=size))
+    assert shapes["tokens"] == (side * side, channels)
+
+
+@pytest.mark.parametrize(("model", "size"), [(VIT, 160), (ROTARY, 96)])
+def test_other_size_is_what_timm_makes_of_it(install: Any, golden_sample: GoldenSample, model: str, size: int) -> None:
+    """Position embeddings as if timm had built the network for that size and fitted the weights to it."""
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    state = install(model)
+    network = import_timm().create_model(model, pretrained=False, img_size=size).eval()
+    if model == VIT:
+        assert network.pos_embed.shape != state["pos_embed"].shape
+        state = checkpoint_filter_fn(state, network)
+    network.load_state_dict(state, strict=True)
+    sample = golden_sample(4)
+    resized = np.asarray(Image.fromarray(sample.rgb).resize((size, size), Image.Resampling.BICUBIC))
+    image = torch.from_numpy(resized.copy()).permute(2, 0, 1).float().div(255)
+    with torch.inference_mode():
+        wanted = network.forward_features(((image - MEAN) / STD)[None])[0, network.num_prefix_tokens :].numpy()
+    (features,) = create(FeatureSpec.timm(model, size=size)).extract([sample])
+    np.testing.assert_array_equal(features["grid"], [size // 16, size // 16])
+    np.testing.assert_allclose(features["tokens"], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_network_without_a_free_size_says_its_own() -> None:
+    with pytest.raises(UsageError, match="size must be 224, its own, got 256"):
+        output_shapes(TimmParams(model="beit_base_patch16_224.in22k_ft_in22k", size=256))
 
 
 def test_bfloat16_is_near_and_stored_as_float32(install: Any, golden_sample: GoldenSample) -> None:

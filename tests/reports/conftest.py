@@ -45,3 +45,18 @@ def nasty_run(run: RunResult) -> RunResult:
     for name in NASTY:
         nasty.set_category(f"{name} failed", CategoryResult(status="failed", error=name))
     return nasty
+
+
+@pytest.fixture
+def seed_runs(run: RunResult) -> list[RunResult]:
+    """The run with seeds 0, 1, 2: cable_gland has I-AUROC 0.533, 0.553, 0.573; bagel failed with seed 1."""
+    runs = []
+    for seed in range(3):
+        one = run.model_copy(deep=True)
+        one.run_id, one.seed, one.shots = f"run-{seed}", seed, 5
+        one.categories["cable_gland"].metrics["i_auroc"] = 0.533 + 0.02 * seed
+        if seed == 1:
+            one.categories["bagel"] = CategoryResult(status="failed", error="no memory")
+        one.update_mean()
+        runs.append(one)
+    return runs

@@ -247,3 +247,99 @@ def test_unknown_formats_are_usage_errors(run):
 def test_categories_without_a_result_yet_are_named(run):
     del run.categories["tire"]
     assert "No result for: tire" in render([run], "markdown")
+
+
+# -- several seeds -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_seeds_get_a_table_of_mean_and_deviation(seed_runs, name):
+    text = render(seed_runs, name, ["i_auroc", "i_ap"]).replace("$\\pm$", "±")
+    body = text[text.index("over 3 seeds") :]
+    for word in (
+        "mean ± sample standard deviation",
+        "seeds 0, 1, 2",
+        "5 shots",
+        "0.553 ± 0.020",
+        "over 2 of 3 seeds; seed 1: failed: no memory",
+        "seeds 0, 2: no anomalous test image",
+        "over 0 of 3 seeds; seeds 0, 1, 2: failed: killed: out of memory",
+        "over 2 of 3 seeds; seed 1: too few categories; mean over 2 of 3 categories",
+        "Not comparable with published numbers: 3 of 10 categories",
+    ):
+        assert word in body, word
+
+
+def test_the_table_of_seeds_follows_those_of_the_runs(seed_runs):
+    *others, seeds = markdown_tables(render(seed_runs, "markdown", ["i_auroc"]))
+    assert [row[0] for row in others[0][1:]] == [f"btf fpfh (official) seed {seed}†" for seed in range(3)]
+    assert seeds == [
+        ["category", "I-AUROC"],
+        ["bagel", "0.825 ± 0.0001"],
+        ["cable_gland", "0.553 ± 0.020"],
+        ["tire", "failed2"],
+        # of the means (0.825 + 0.533) / 2 and (0.825 + 0.573) / 2
+        ["mean", "0.689 ± 0.0143"],
+    ]
+
+
+def test_a_single_value_among_seeds_has_no_deviation(seed_runs):
+    text = render(seed_runs[:2], "markdown", ["i_auroc"])
+    rows = {row[0]: row[1] for row in markdown_tables(text)[-1]}
+    assert rows["bagel"] == "0.8251"
+    assert "(1) over 1 of 2 seeds; seed 1: failed: no memory" in text
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_runs_that_differ_in_more_than_the_seed_get_no_table_of_seeds(run, seed_runs, other_run, name):
+    other_run.seed = 1
+    text = render([seed_runs[0], other_run, run], name)
+    assert "±" not in text and "pm$" not in text
+    assert "over" not in text or "seeds" not in text
+
+
+def test_each_method_has_its_own_table_of_seeds(seed_runs, other_run):
+    others = [other_run.model_copy(update={"seed": seed, "run_id": f"other-{seed}"}, deep=True) for seed in (3, 4)]
+    text = render([*seed_runs, *others], "markdown", ["i_auroc"])
+    assert "btf fpfh (official) on mvtec3d over 3 seeds" in text
+    assert "btf rgb+fpfh (official) on mvtec3d over 2 seeds" in text
+    assert "0.900 ± 0.000" in text
+
+
+def test_namesakes_that_differ_in_more_than_the_seed_show_their_ids(run, seed_runs):
+    run.seed = 7
+    text = render([run, *seed_runs], "markdown", ["i_auroc"])
+    assert "btf fpfh (official) run-1" in text and "btf fpfh (official) seed 1" not in text
+
+
+def test_json_has_the_spread_over_seeds_and_csv_is_as_before(seed_runs):
+    data = json.loads(render(seed_runs, "json"))
+    assert [run["seed"] for run in data["runs"]] == [0, 1, 2]
+    (group,) = data["seeds"]
+    assert group["seeds"] == [0, 1, 2] and group["run_ids"] == ["run-0", "run-1", "run-2"]
+    assert (group["method"], group["variant"], group["dataset"]) == ("btf", "fpfh", "mvtec3d")
+    assert group["categories"]["cable_gland"]["i_auroc"] == pytest.approx({"mean": 0.553, "std": 0.02, "n": 3})
+    assert group["categories"]["bagel"]["i_auroc"]["n"] == 2
+    assert group["categories"]["tire"]["i_auroc"] == {"mean": None, "std": None, "n": 0}
+    assert group["mean"]["i_auroc"] == pytest.approx({"mean": 0.689, "std": 0.02 / 2**0.5, "n": 2})
+    assert json.loads(render(seed_runs[:1], "json"))["seeds"] == []
+
+    separate = [render([run], "csv").splitlines() for run in seed_runs]
+    assert render(seed_runs, "csv").splitlines() == [separate[0][0], *(line for text in separate for line in text[1:])]
+
+
+def test_a_narrow_terminal_does_not_cut_spreads(seed_runs):
+    console = Console(file=io.StringIO(), width=48)
+    console.print(render_rich(seed_runs, ["i_auroc", "p_auroc", "aupro_30_grid100"]))
+    text = console.file.getvalue()
+    assert "…" not in text
+    body = text[text.index("over 3 seeds") :]
+    assert "0.553" in body and "0.020" in body
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_seeds_that_failed_everywhere_are_reported(seed_runs, name):
+    for run in seed_runs:
+        for category in list(run.categories):
+            run.set_category(category, CategoryResult(status="failed", error="no memory"))
+    assert render(seed_runs, name)

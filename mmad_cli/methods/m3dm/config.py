@@ -34,6 +34,8 @@ class M3DMConfig(MethodConfig):
     variant: Variant = "dino+point_mae+fusion"
 
     rgb_backbone: str = "vit_base_patch8_224.dino"
+    # input pixels of the RGB network; with its patch size it makes the grid, 28 x 28 as published
+    rgb_size: int = Field(default=224, ge=8)
     # `model`: the constants that the network was trained with
     rgb_norm: Literal["imagenet", "model"] = "imagenet"
     point_backbone: Literal["point_mae", "point_bert"] = "point_mae"

@@ -7,13 +7,14 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmad_cli.errors import DataError
+from mmad_cli.errors import DataError, UsageError
 from mmad_cli.methods.anomaly_map import blur_float, blur_pillow8, upsample
 from mmad_cli.methods.base import (
     MAP_SIZE,
@@ -33,7 +34,6 @@ from mmad_cli.methods.m3dm.patches import (
     POINT_PATCHES,
     on_point_grid,
     point_patches,
-    repeated_cells,
     rgb_patches,
     scrambled_cells,
 )
@@ -51,9 +51,10 @@ if TYPE_CHECKING:
 _STATE_FILE = "state.json"
 _NETWORK_FILE = "uff.safetensors"
 
-# of ViT-B/8 and the point networks, for estimates
-_CHANNELS: dict[BankName, int] = {"points": 1152, "rgb": 768, "fused": 1920}
-_RGB_PATCHES = 784
+# of the point networks, for estimates
+_POINT_CHANNELS = 1152
+# the only grid that the published code makes its scrambled training pairs from
+_SCRAMBLED_GRID = 28
 _MEBIBYTE = 1 << 20
 # peak bytes per entry of the projected rows; in half precision both forms of the rows are held (measured)
 _SELECTION_BYTES = {"float32": 5.2, "float16": 12.0}
@@ -110,7 +111,9 @@ class M3DM:
                 xyz_resize=config.xyz_resize,
             )
         if config.parts != ("points",):
-            specs["rgb"] = FeatureSpec.timm(config.rgb_backbone, outputs=None, norm=config.rgb_norm)
+            specs["rgb"] = FeatureSpec.timm(
+                config.rgb_backbone, outputs=None, norm=config.rgb_norm, size=config.rgb_size
+            )
         return specs
 
     def weights_names(self) -> list[str]:
@@ -260,12 +263,13 @@ class M3DM:
         n = min(max(n_train, 1), self.config.sample_limit)
         selecting, kept_bytes, first_kept = 0, 0, 0
         for name in self.config.parts:
-            rows = n * (_RGB_PATCHES if name == "rgb" else POINT_PATCHES)
+            patches, channels = self._bank_shape(name)
+            rows = n * patches
             kept = selection(self.config, rows, first_kept).rows_to_keep(rows)
             first_kept = first_kept or kept
-            width = projected_dimension(rows, _CHANNELS[name], self.config.coreset_eps) or _CHANNELS[name]
+            width = projected_dimension(rows, channels, self.config.coreset_eps) or channels
             selecting = max(selecting, int(_SELECTION_BYTES[self.config.coreset_dtype] * rows * width) + kept_bytes)
-            kept_bytes += 4 * kept * _CHANNELS[name]
+            kept_bytes += 4 * kept * channels
         # per pixel: a score of every bank, and the sample weight, order and sign that the one-class machine makes
         weighing = n * MAP_SIZE**2 * 8 * (len(self.config.parts) + 3) if self.config.needs_decision_fusion else 0
         return max(selecting, 2 * kept_bytes + weighing) + 256 * _MEBIBYTE
@@ -275,6 +279,13 @@ class M3DM:
     @property
     def _fuses(self) -> bool:
         return "fused" in self.config.parts
+
+    def _bank_shape(self, name: BankName) -> tuple[int, int]:
+        """Patches per sample and channels of a bank, from the architecture; builds the RGB network without values."""
+        if name == "points":
+            return POINT_PATCHES, _POINT_CHANNELS
+        patches, channels = _token_shape(self.config.rgb_backbone, self.config.rgb_size)
+        return (patches, channels) if name == "rgb" else (POINT_PATCHES, _POINT_CHANNELS + channels)
 
     def _patches(self, sample: SampleFeatures) -> dict[BankName, tuple[FloatArray, int]]:
         """Patch rows of a sample and the side of their grid for each bank of the variant; not normalised."""
@@ -304,11 +315,16 @@ class M3DM:
         from mmad_cli.methods.m3dm.uff import fuse
 
         network = self._fusion_network()
-        if network is not None and (network.point_channels, network.rgb_channels) != (points.shape[1], tokens.shape[1]):
+        if network is not None and network.rgb_channels != tokens.shape[1]:
+            raise UsageError(
+                f"rgb_backbone={self.config.rgb_backbone}: its tokens have {tokens.shape[1]} channels, the feature "
+                f"fusion block takes {network.rgb_channels}; choose a network of that width, uff=retrained or "
+                "uff=concat"
+            )
+        if network is not None and network.point_channels != points.shape[1]:
             raise DataError(
-                f"the feature fusion block takes {network.point_channels} point and {network.rgb_channels} RGB "
-                f"channels, the features have {points.shape[1]} and {tokens.shape[1]}; choose other backbones, "
-                "uff=retrained or uff=concat"
+                f"the feature fusion block takes {network.point_channels} point channels, the features have "
+                f"{points.shape[1]}; choose uff=retrained or uff=concat"
             )
         return fuse(network, points, *on_point_grid(tokens, grid))
 
@@ -329,8 +345,14 @@ class M3DM:
         tokens, grid = rgb_patches(sample)
         points = torch.from_numpy(point_patches(sample))
         if self.config.uff_pairs == "scrambled":
+            if grid != _SCRAMBLED_GRID:
+                raise UsageError(
+                    f"uff_pairs=scrambled: exists for {_SCRAMBLED_GRID} x {_SCRAMBLED_GRID} RGB tokens only, "
+                    f"rgb_backbone={self.config.rgb_backbone} with rgb_size={self.config.rgb_size} gives "
+                    f"{grid} x {grid}; set uff_pairs=aligned"
+                )
             return points, torch.from_numpy(tokens[scrambled_cells(len(tokens))])
-        rgb, spread = (tokens, repeated_cells(grid)) if POINT_GRID % grid == 0 else on_point_grid(tokens, grid)
+        rgb, spread = on_point_grid(tokens, grid)
         return points, torch.from_numpy(rgb[spread])
 
     def _training(self) -> Training:
@@ -461,6 +483,16 @@ def _distinct(rows: FloatArray) -> tuple[Any, Any]:
     if len(distinct) < len(rows):
         distinct = np.append(distinct, np.argmin(filled))
     return distinct, position
+
+
+@lru_cache(maxsize=8)
+def _token_shape(model: str, size: int) -> tuple[int, int]:
+    """Tokens per image and channels of a timm network."""
+    from mmad_cli.backbones.specs import TimmParams
+    from mmad_cli.backbones.timm_backbone import output_shapes
+
+    patches, channels = output_shapes(TimmParams(model=model, size=size))["tokens"]
+    return patches, channels
 
 
 def _bank_file(name: BankName) -> str:

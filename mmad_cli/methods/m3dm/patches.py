@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from mmad_cli.alignment.interpolation import pooled_operator
-from mmad_cli.alignment.pooling import adaptive_matrix
+from mmad_cli.alignment.pooling import adaptive_average
 from mmad_cli.errors import DataError
 from mmad_cli.methods.base import MAP_SIZE, SampleFeatures
 from mmad_cli.methods.single_bank import read_array
@@ -32,29 +32,31 @@ def point_patches(sample: SampleFeatures) -> FloatArray:
 
 
 def rgb_patches(sample: SampleFeatures) -> tuple[FloatArray, int]:
-    """RGB patches float32 (grid * grid, C_rgb), row-major, and the side of their grid (28 for a ViT of patch size 8).
+    """RGB patches float32 (grid * grid, C_rgb), row-major, and the side of their grid (28 for ViT-B/8 at 224 pixels).
 
-    Raises DataError naming the sample without RGB features or with a grid that is not square.
+    Raises DataError naming the sample without RGB features, with a grid that is not square, or with another number
+    of tokens than its grid has cells.
     """
     tokens = np.asarray(read_array(sample, "rgb", "tokens"), dtype=np.float32)
-    side = round(len(tokens) ** 0.5)
-    if side * side != len(tokens):
-        raise DataError(f"{sample.id}: {len(tokens)} RGB tokens are no square grid; this method needs one")
-    return tokens, side
+    height, width = (int(side) for side in read_array(sample, "rgb", "grid"))
+    if height != width or height * width != len(tokens):
+        raise DataError(
+            f"{sample.id}: {len(tokens)} RGB tokens on a grid of {height} x {width}; this method needs a square grid "
+            "with one token per cell"
+        )
+    return tokens, height
 
 
 def on_point_grid(tokens: FloatArray, grid: int) -> tuple[FloatArray, IndexArray]:
     """RGB patches brought to 56 x 56 by adaptive averaging: distinct patches (m, C), and the one of each position.
 
-    For a grid that divides 56 every bin holds one cell, so this repeats cells: patch (y, x) is cell (y // 2, x // 2)
-    of 28 x 28.
+    Position i averages cells floor(i grid / 56) to ceil((i + 1) grid / 56) - 1 along each axis. For a grid that
+    divides 56 that is one cell, so cells are repeated: patch (y, x) is cell (y // 2, x // 2) of 28 x 28.
     """
     if POINT_GRID % grid == 0:
         return tokens, repeated_cells(grid)
-    matrix = adaptive_matrix(grid, POINT_GRID)
-    cells = tokens.reshape(grid, grid, -1).astype(np.float64)
-    averaged = np.einsum("ih,jw,hwc->ijc", matrix, matrix, cells, optimize=True)
-    return averaged.reshape(POINT_PATCHES, -1).astype(np.float32), np.arange(POINT_PATCHES)
+    averaged = adaptive_average(tokens.T.reshape(-1, grid, grid), POINT_GRID)
+    return np.ascontiguousarray(averaged.reshape(-1, POINT_PATCHES).T), np.arange(POINT_PATCHES)
 
 
 @lru_cache(maxsize=8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from mmad_cli.errors import DataError, UsageError, WeightsError
 from mmad_cli.memory import patch_distances, reweighted_score
 from mmad_cli.memory.search import FlatIndex
 from mmad_cli.methods import build_config, get_method
+from mmad_cli.methods.anomaly_map import blur_pillow8, upsample
 from mmad_cli.methods.base import SharedTraining
-from mmad_cli.methods.checks import GeneratedFeatures, GeneratedSample, check_method
+from mmad_cli.methods.checks import GeneratedFeatures, GeneratedSample, check_method, generated_sample, make_features
 from mmad_cli.methods.m3dm.banks import BankPlan, Survey, plan_banks, selection
 from mmad_cli.methods.m3dm.config import PARTS, M3DMConfig
 from mmad_cli.methods.m3dm.patches import point_patches, rgb_patches
+from mmad_cli.types import Sample
 
 Make = Callable[..., Any]
 Features = Callable[..., GeneratedFeatures]
@@ -164,8 +166,6 @@ def test_projections_share_one_stream(make_method: Make, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(MemoryBank, "fit", fit)
     method = make_method(THREE, coreset_fraction=0.01)
-    from mmad_cli.methods.checks import generated_sample
-
     train = GeneratedFeatures([generated_sample(method.features(), "train/good/000")])
     method.fit(train, NOTHING, seed=7)
     assert [channels for channels, _ in streams] == [6, 6, 12]
@@ -278,14 +278,110 @@ def test_block_made_for_other_channels_is_an_error(
 ) -> None:
     monkeypatch.setenv("MMAD_WEIGHTS", str(weights("m3dm_uff")))
     method = make_method("fusion", uff="released")
-    with pytest.raises(DataError, match="1152 point and 768 RGB channels"):
+    with pytest.raises(
+        UsageError, match=r"rgb_backbone=vit_base_patch8_224\.dino: .* 6 channels, .* takes 768.*concat"
+    ):
         method.fit(features_for(method, 1), NOTHING, seed=0)
+    sample = features_for(method, 1)[0]
+    wide = {**sample["rgb"], "tokens": np.ones((784, 768), np.float32)}
+    with pytest.raises(DataError, match="takes 1152 point channels, the features have 6"):
+        method.fit(GeneratedFeatures([GeneratedSample(sample.id, {**sample.arrays, "rgb": wide})]), NOTHING, seed=0)
 
 
-def test_rgb_tokens_that_are_no_square_grid_are_an_error(make_method: Make) -> None:
-    sample = GeneratedSample("train/good/000", {"rgb": {"tokens": np.ones((700, 4), np.float32)}})
-    with pytest.raises(DataError, match=r"train/good/000.*700"):
+@pytest.mark.parametrize(("count", "grid"), [(700, (28, 25)), (700, (28, 28)), (784, (56, 14))])
+def test_rgb_tokens_that_are_no_square_grid_are_an_error(make_method: Make, count: int, grid: tuple[int, int]) -> None:
+    rgb = {"tokens": np.ones((count, 4), np.float32), "grid": np.array(grid, np.int32)}
+    with pytest.raises(DataError, match=rf"train/good/000: {count} RGB tokens on a grid of {grid[0]} x {grid[1]}"):
+        sample = GeneratedSample("train/good/000", {"rgb": rgb})
         make_method("dino").fit(GeneratedFeatures([sample]), NOTHING, seed=0)
+
+
+def with_grid(side: int) -> Callable[..., Any]:
+    """Generated features whose RGB tokens are on side x side."""
+
+    def make(specs: Mapping[str, Any], sample_id: str) -> Any:
+        arrays = make_features(specs, sample_id)
+        if "rgb" in arrays:
+            tokens = np.resize(arrays["rgb"]["tokens"], (side * side, 6))
+            # repeated tokens must not make equal rows
+            tokens = (tokens * np.linspace(1, 2, side * side, dtype=np.float32)[:, None]).astype(np.float32)
+            arrays["rgb"] = {"tokens": tokens, "grid": np.array([side, side], np.int32)}
+        return arrays
+
+    return make
+
+
+@pytest.mark.parametrize(("variant", "side"), [("dino", 14), ("dino", 64), (THREE, 37)])
+def test_other_grids_pass_the_common_checks(variant: str, side: int) -> None:
+    settings = {"uff": "concat", "coreset_fraction": 0.02}
+    check_method(get_method("m3dm"), with_grid(side), variant=variant, settings=settings)
+
+
+def test_banks_of_another_grid(make_method: Make) -> None:
+    method = make_method(THREE, coreset_fraction=1.0, norm="per_bank", zero_row="filtered")
+    train = [generated_sample(method.features(), f"train/good/{i}", with_grid(37)) for i in range(2)]
+    with pytest.warns(UserWarning, match="fixed weights"):
+        method.fit(GeneratedFeatures(train), NOTHING, seed=0)
+    sizes = {name: size.rows for name, size in method.banks().items()}
+    assert (sizes["rgb"], sizes["fused"]) == (2 * 37 * 37, 2 * 3136)
+    # patch (1, 0) of 56 x 56 averages the cells of rows 0 and 1 in column 0: floor(37 / 56) to ceil(74 / 56) - 1
+    tokens = train[0]["rgb"]["tokens"]
+    fused = method._rows("fused", train[0])
+    np.testing.assert_allclose(fused[56, 6:], (tokens[0] + tokens[37]) / 2, rtol=1e-5)
+
+
+def test_scrambled_pairs_exist_for_the_published_grid_only(make_method: Make) -> None:
+    method = make_method("fusion", uff="retrained", rgb_size=112)
+    sample = generated_sample(method.features(), "train/good/0", with_grid(14))
+    with pytest.raises(UsageError, match=r"uff_pairs=scrambled.*28 x 28.*rgb_size=112 gives 14 x 14.*aligned"):
+        method.fit_shared({"one": GeneratedFeatures([sample])}, seed=0)
+    aligned = make_method("fusion", uff="retrained", rgb_size=112, uff_pairs="aligned")
+    points, rgb = aligned._training_pair(sample)
+    assert (len(points), len(rgb)) == (3136, 3136)
+    np.testing.assert_array_equal(rgb.numpy()[56 * 5 + 9], sample["rgb"]["tokens"][14 * 1 + 2])
+
+
+def test_vit_of_another_patch_size_from_image_to_map(
+    make_method: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A ViT of 16-pixel patches at 160 pixels: 10 x 10 tokens, from scans of yet another size."""
+    import torch
+    from safetensors.torch import save_file
+
+    from mmad_cli.backbones import create
+    from mmad_cli.backbones._timm import import_timm
+    from mmad_cli.backbones.weights import import_file
+
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    monkeypatch.setenv("MMAD_WEIGHTS", str(tmp_path / "weights"))
+    torch.manual_seed(0)
+    save_file(import_timm().create_model(name, pretrained=False).state_dict(), tmp_path / "random.safetensors")
+    import_file(name, tmp_path / "random.safetensors")
+    method = make_method("dino", rgb_backbone=name, rgb_size=160)
+    random = np.random.default_rng(0)
+    scans = [
+        Sample(
+            "one",
+            "train",
+            "good",
+            f"{i:03d}",
+            random.integers(0, 256, (120, 90, 3), np.uint8),
+            np.ones((120, 90, 3), np.float32),
+            np.zeros((120, 90), bool),
+        )
+        for i in range(3)
+    ]
+    arrays = create(method.features()["rgb"]).extract(scans)
+    samples = [GeneratedSample(scan.id, {"rgb": one}) for scan, one in zip(scans, arrays, strict=True)]
+    method.fit(GeneratedFeatures(samples[:2]), NOTHING, seed=0)
+    assert (method.banks()["rgb"].rows, method.banks()["rgb"].dim) == (20, 192)
+    bank = method.banks_["rgb"]
+    patches = bank.normalise(arrays[2]["tokens"])
+    nearest = np.linalg.norm(patches[:, None] - bank.rows_[None], axis=2).min(axis=1)
+    prediction = method.predict(samples[2])
+    assert prediction.anomaly_map.shape == (224, 224)
+    step = 2 * nearest.max() / 255
+    np.testing.assert_allclose(prediction.anomaly_map, blur_pillow8(upsample(nearest, 10)), atol=step)
 
 
 def test_state_of_another_variant_is_refused(make_method: Make, features_for: Features, tmp_path: Path) -> None:
@@ -303,6 +399,9 @@ def test_memory_of_244_samples_is_estimated_below_six_gigabytes(make_method: Mak
     # the projected rows of the point bank alone
     assert 765184 * 334 * 4 < estimate < 6e9
     assert make_method(THREE).memory_estimate(401) == make_method(THREE).memory_estimate(5000)
+    small = make_method("dino", rgb_backbone="vit_small_patch14_dinov2.lvd142m")
+    large = make_method("dino", rgb_backbone="vit_small_patch14_dinov2.lvd142m", rgb_size=518)
+    assert small.memory_estimate(244) < large.memory_estimate(244)
 
 
 def test_features_of_a_variant(make_method: Make) -> None:
@@ -312,6 +411,8 @@ def test_features_of_a_variant(make_method: Make) -> None:
     assert specs["points"].backbone == "point_bert"
     assert {"groups": 256, "group_size": 64, "point_bn": "eval"}.items() <= specs["points"].params.items()
     assert specs["rgb"].params["outputs"] is None
+    assert specs["rgb"].params["size"] == 224
+    assert make_method("dino", rgb_size=518).features()["rgb"].params["size"] == 518
     corrected = make_method(THREE, "corrected").features()
     assert corrected["points"].params["xyz_resize"] == "center"
     assert corrected["points"].params["idw"] == "direct"
