@@ -29,6 +29,7 @@ from mmad_cli.cli.options import (
 from mmad_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from mmad_cli.results.schema import RunResult
     from mmad_cli.stages.pipeline import PlanLine
     from mmad_cli.stages.request import EvaluateRequest
 
@@ -172,7 +173,7 @@ def _short(path: Path) -> Path:
         return path
 
 
-def _show_table(results: list) -> None:  # type: ignore[type-arg]
+def _show_table(results: list[RunResult]) -> None:
     from mmad_cli.reports import render_rich
 
     print_rich(render_rich(results))

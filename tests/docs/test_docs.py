@@ -146,9 +146,9 @@ def test_index_names_every_page():
 
 
 @pytest.fixture
-def workplace(tiny_dataset, tmp_path, monkeypatch) -> Path:
+def working_folder(tiny_dataset, tmp_path, monkeypatch) -> Path:
     """A folder to run examples in, with a tiny dataset at `data/parts`."""
-    place = tmp_path / "workplace"
+    place = tmp_path / "working_folder"
     (place / "data").mkdir(parents=True)
     shutil.move(tiny_dataset, place / "data" / "parts")
     monkeypatch.chdir(place)
@@ -175,11 +175,11 @@ def run_page(page: Path, capsys: pytest.CaptureFixture[str]) -> int:
 @pytest.mark.parametrize(
     ("page", "count"), [("concepts.md", 1), ("metrics.md", 1), ("python.md", 4), ("adding-a-dataset.md", 1)]
 )
-def test_examples_print_what_the_page_says(page, count, workplace, capsys):
+def test_examples_print_what_the_page_says(page, count, working_folder, capsys):
     assert run_page(DOCS / page, capsys) == count
 
 
-def test_the_dataset_example_is_read(workplace, capsys):
+def test_the_dataset_example_is_read(working_folder, capsys):
     from mmad_cli.cli.app import run
 
     run_page(DOCS / "adding-a-dataset.md", capsys)
@@ -192,9 +192,9 @@ def test_the_dataset_example_is_read(workplace, capsys):
 
 
 @pytest.fixture
-def method_package(workplace, monkeypatch) -> Iterator[Path]:
+def method_package(working_folder, monkeypatch) -> Iterator[Path]:
     """The package of adding-a-method.md, as if it were installed."""
-    folder = workplace / "package"
+    folder = working_folder / "package"
     folder.mkdir()
     for block in blocks(DOCS / "adding-a-method.md"):
         if block.mark is not None:
@@ -212,7 +212,7 @@ def method_package(workplace, monkeypatch) -> Iterator[Path]:
     sys.modules.pop("depth_gauss", None)
 
 
-def test_the_method_example_works_from_its_entry_point(method_package, workplace, capsys):
+def test_the_method_example_works_from_its_entry_point(method_package, working_folder, capsys):
     from mmad_cli.cli.app import run
     from mmad_cli.results.schema import RunResult
 
