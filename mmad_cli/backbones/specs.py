@@ -7,6 +7,7 @@ that mean the same compare equal and have the same `canonical()` form, which the
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,7 +24,7 @@ Precision = Literal["float32", "bfloat16"]
 NETWORK_SIZE = 224
 
 
-class _Params(BaseModel):
+class _Params(BaseModel, ABC):
     """Base of the per-backbone settings: unknown names are errors, values do not change."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -37,9 +38,9 @@ class _Params(BaseModel):
         """Names of the pretrained weights that the backbone needs, in the registry's terms."""
         return []
 
+    @abstractmethod
     def estimated_bytes(self) -> int:
         """About how many bytes the features of one sample take."""
-        raise NotImplementedError
 
 
 class FpfhParams(_Params):
