@@ -51,7 +51,13 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
-Recipe = Annotated[str, typer.Option("--recipe", help="official (as published, quirks included) or corrected.")]
+Recipe = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        help="official (as published, quirks included), corrected, or fast (trained methods, without a GPU).",
+    ),
+]
 Variant = Annotated[
     str | None, typer.Option("--variant", help="A published ablation; see `mmad list variants`.", show_default=False)
 ]

@@ -20,8 +20,8 @@ from mmad_cli.types import FloatArray
 if TYPE_CHECKING:
     from mmad_cli.backbones.specs import FeatureSpec
 
-Recipe = Literal["official", "corrected"]
-RECIPES: tuple[Recipe, ...] = ("official", "corrected")
+# `fast`: less training, for machines without a GPU; never comparable with print. Only trained methods have it
+Recipe = Literal["official", "corrected", "fast"]
 
 # The image region that a method's maps cover: the whole scan resized to 224 x 224, or the centre crop of PatchCore
 View = Literal["resize", "crop"]
@@ -63,10 +63,15 @@ class FeatureSet(Protocol):
 
 @dataclass(frozen=True)
 class Prediction:
-    """Scores of one sample: anomaly map float32 (224, 224) and image score, larger = more anomalous."""
+    """Scores of one sample: anomaly map float32 (224, 224) and image score, larger = more anomalous.
+
+    AUPRO is computed on `anomaly_map * aupro_scale`: CFM and what is built on it scale maps of single images for it in
+    another way than for P-AUROC.
+    """
 
     anomaly_map: FloatArray
     image_score: float
+    aupro_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,25 @@ class SharedTraining(Protocol):
 
     def load_shared(self, folder: Path) -> None:
         """Read what `save_shared` wrote."""
+
+
+@runtime_checkable
+class Trained(Protocol):
+    """What a method offers on top of `Method` when its fit is a training that an interruption must not lose."""
+
+    def fit_resumable(
+        self,
+        train: FeatureSet,
+        validation: FeatureSet,
+        *,
+        seed: int,
+        folder: Path | None,
+        progress: ProgressCallback | None = None,
+    ) -> None:
+        """`fit`, with checkpoints in `folder`, which survives an interruption; the result is the same."""
+
+    def losses(self) -> dict[str, list[float]]:
+        """Mean loss per epoch, by name."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ ENTRY_POINT_GROUP = "mmad.methods"
 # name -> "module:attribute" of a MethodDefinition; imported only when asked for
 _BUILT_IN = {
     "btf": "mmad_cli.methods.btf:DEFINITION",
+    "cfm": "mmad_cli.methods.cfm:DEFINITION",
     "m3dm": "mmad_cli.methods.m3dm.method:DEFINITION",
     "patchcore": "mmad_cli.methods.patchcore:DEFINITION",
 }

@@ -31,7 +31,7 @@ from mmad_cli.files import atomic_write
 SCHEMA = "mmad.run/1"
 SUMMARY = "summary.json"
 
-Recipe = Literal["official", "corrected"]
+Recipe = Literal["official", "corrected", "fast"]
 MetricValues = dict[str, FiniteFloat | None]
 
 
@@ -121,6 +121,9 @@ class CategoryResult(_Model):
     seconds: dict[str, FiniteFloat] = Field(default_factory=dict)
     peak_rss_bytes: int | None = None
     peak_vram_bytes: int | None = None
+    training: dict[str, list[FiniteFloat]] = Field(
+        default_factory=dict, description="mean loss per epoch, by name; empty for methods without training"
+    )
 
     @model_validator(mode="after")
     def _explain(self) -> CategoryResult:

@@ -180,6 +180,7 @@ def _compute_category(
         seconds=clock.seconds,
         peak_rss_bytes=peak_rss(),
         peak_vram_bytes=peak_vram(),
+        training=info.get("losses", {}),
     )
     return {
         "result": result.model_dump(mode="json"),
@@ -219,7 +220,10 @@ def _metrics(
             maps.append(prediction.anomaly_map)
     labels = np.array([ref.label for ref in plan.samples.test])
     scores = np.array([prediction.image_score for prediction in scored])
-    result = all_metrics(labels, scores, masks, maps)
+    scaled = None
+    if any(prediction.aupro_scale != 1.0 for prediction in scored):
+        scaled = [one * np.float32(p.aupro_scale) for one, p in zip(maps, scored, strict=True)]
+    result = all_metrics(labels, scores, masks, maps, aupro_maps=scaled)
     return dict(result.values), dict(result.reasons)
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmad_cli.errors import DataError
-from mmad_cli.methods.base import Prediction
+from mmad_cli.files import translated_os_errors
+from mmad_cli.methods.base import Prediction, Trained
 from mmad_cli.stages.clean import recomputed
 from mmad_cli.stages.features import StoredFeatures, StoredSample
 from mmad_cli.stages.plan import FIT, PREDICT, CategoryPlan, MethodRun
 from mmad_cli.stages.session import Session
-from mmad_cli.stages.shared import load_shared
+from mmad_cli.stages.shared import WORK, load_shared
 from mmad_cli.stages.timing import Stopwatch, method_name
 from mmad_cli.store import Artefact, CorruptArtefactError
 from mmad_cli.types import SampleRef
@@ -49,15 +52,39 @@ def fitted_method(session: Session, plan: CategoryPlan, run: MethodRun) -> tuple
             raise DataError(f"category {plan.samples.category}: no training sample in train/good")
         train = stored_features(session, plan, plan.samples.train)
         validation = stored_features(session, plan, plan.samples.validation)
+        work = store.root / WORK / plan.fit.key
         with session.reporter.task(f"{plan.samples.category}: fitting", 0) as advance:
             watch = Stopwatch()
-            method.fit(train, validation, seed=run.seed, progress=advance)
+            from_start = _fit(method, train, validation, run.seed, work, advance)
             watch.lap(len(train))
-        info = {"banks": {name: {"rows": b.rows, "dim": b.dim} for name, b in method.banks().items()}}
+        info: dict[str, Any] = {"banks": {name: {"rows": b.rows, "dim": b.dim} for name, b in method.banks().items()}}
+        if isinstance(method, Trained):
+            info["losses"] = method.losses()
         with store.write_folder(plan.fit, info) as folder:
             method.save(folder)
-        watch.record(session, method_name(FIT, run, session.resolve_device(), len(train)))
+        shutil.rmtree(work, ignore_errors=True)
+        if from_start:
+            watch.record(session, method_name(FIT, run, session.resolve_device(), len(train)))
         return method, info
+
+
+def _fit(
+    method: Method,
+    train: StoredFeatures,
+    validation: StoredFeatures,
+    seed: int,
+    work: Path,
+    advance: Callable[[int, int], None],
+) -> bool:
+    """Fit, going on from what an interrupted training left in `work`; whether it began at the start."""
+    if not isinstance(method, Trained):
+        method.fit(train, validation, seed=seed, progress=advance)
+        return True
+    with translated_os_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
+        from_start = not any(work.iterdir())
+    method.fit_resumable(train, validation, seed=seed, folder=work, progress=advance)
+    return from_start
 
 
 def _load(session: Session, plan: CategoryPlan, run: MethodRun) -> tuple[Method, dict[str, Any]]:
@@ -84,7 +111,8 @@ def read_prediction(session: Session, artefact: Artefact) -> Prediction | None:
         session.reporter.notice(recomputed(error))
         session.store.remove(artefact)
         return None
-    return Prediction(tensors["anomaly_map"], float(tensors["image_score"][0]))
+    scale = float(tensors["aupro_scale"][0]) if "aupro_scale" in tensors else 1.0
+    return Prediction(tensors["anomaly_map"], float(tensors["image_score"][0]), scale)
 
 
 def write_prediction(session: Session, artefact: Artefact, prediction: Prediction) -> None:
@@ -93,6 +121,8 @@ def write_prediction(session: Session, artefact: Artefact, prediction: Predictio
         "anomaly_map": np.asarray(prediction.anomaly_map, dtype=np.float32),
         "image_score": np.asarray([prediction.image_score], dtype=np.float64),
     }
+    if prediction.aupro_scale != 1.0:
+        tensors["aupro_scale"] = np.asarray([prediction.aupro_scale], dtype=np.float64)
     session.store.write_tensors(artefact, tensors, {})
 
 
@@ -106,7 +136,8 @@ def predictions(session: Session, plan: CategoryPlan, run: MethodRun, method: Me
         with session.reporter.task(f"{plan.samples.category}: scoring", len(missing)) as advance:
             for done, ref in enumerate(missing, start=1):
                 scored = method.predict(stored_sample(session, plan, ref))
-                if not (np.isfinite(scored.anomaly_map).all() and np.isfinite(scored.image_score)):
+                numbers = (scored.image_score, scored.aupro_scale)
+                if not (np.isfinite(scored.anomaly_map).all() and np.isfinite(numbers).all()):
                     raise DataError(f"{plan.samples.category} {ref.id}: the method gave a score that is not finite")
                 write_prediction(session, plan.predictions[ref.id], scored)
                 found[ref.id] = scored

@@ -13,6 +13,7 @@ from mmad_cli.methods.checks import MethodCheckError, check_method
 
 # settings that keep a check quick; they change sizes, not what is computed
 SMALL = {
+    "cfm": {"epochs": 1, "grid": 32},
     # without the published fusion block, which is made for wider features; the coreset is a third of the default's
     "m3dm": {"uff": "concat", "coreset_fraction": 0.03},
     "patchcore": {"pretrain_dim": 16, "target_dim": 16, "projection_dim": 8},

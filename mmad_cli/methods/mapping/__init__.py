@@ -1,0 +1,1 @@
+"""What CFM, MAFR and CMDR-IAD share: dense features, one trainer, smoothing and per-metric scaling."""

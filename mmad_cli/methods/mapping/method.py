@@ -1,0 +1,276 @@
+"""The base of CFM, MAFR and CMDR-IAD: frozen features, networks trained per category, errors per pixel."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field
+
+from mmad_cli.errors import DataError
+from mmad_cli.methods.base import (
+    MAP_SIZE,
+    BankSize,
+    FeatureSet,
+    MethodConfig,
+    Prediction,
+    ProgressCallback,
+    SampleFeatures,
+    View,
+)
+from mmad_cli.methods.mapping.dense import POINTS, RGB, DenseFeatures, DenseReader, DenseSet
+from mmad_cli.methods.mapping.scoring import SMOOTHING, at_map_size, scaled, smooth
+from mmad_cli.methods.mapping.trainer import Learner, TrainerConfig
+from mmad_cli.methods.mapping.trainer import train as run_training
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from mmad_cli.backbones.specs import FeatureSpec
+
+NETWORKS_FILE = "networks.safetensors"
+_STATE_FILE = "state.json"
+
+# bytes per pixel and channel of what a training step holds, beyond the networks (measured with tracemalloc and RSS)
+_FLOAT32_BYTES = 4
+
+
+class MappingConfig(MethodConfig):
+    """Switches that the methods on dense features share; the defaults are what the published codes compute."""
+
+    rgb_backbone: str = "vit_base_patch8_224.dino"
+    rgb_size: int = Field(default=224, ge=8)
+    rgb_norm: Literal["imagenet", "model"] = "imagenet"
+    point_backbone: Literal["point_mae", "point_bert"] = "point_mae"
+    groups: int = Field(default=1024, ge=3)
+    group_size: int = Field(default=128, ge=1)
+    # `batch` normalises with the statistics of the scan at hand (the published extractor is left in training mode),
+    # `eval` with the stored ones
+    point_bn: Literal["batch", "eval"] = "batch"
+    # the published extractor also draws stochastic depth, which makes its features random
+    point_droppath: Literal["off", "on"] = "off"
+    droppath_seed: int = Field(default=0, ge=0)
+    # `expanded`: squared distances as |a|^2 + |b|^2 - 2ab in float32, inexact near group centres
+    idw: Literal["expanded", "direct"] = "expanded"
+    # no group centre within 3.2 cm of the sensor's origin
+    fps_skip_origin: bool = True
+    # `floor` shifts the cloud by half a target pixel against image and mask; `center` does not
+    xyz_resize: Literal["floor", "center"] = "floor"
+    # side of the pixel grid that features are brought to and networks work on
+    grid: int = Field(default=MAP_SIZE, ge=8, le=MAP_SIZE)
+    # `channel_sum`: a pixel is valid where its point channels do not sum to zero; `support`: where any is not zero
+    valid_mask: Literal["channel_sum", "support"] = "channel_sum"
+    # `per_metric`: AUPRO, P-AUROC and image score each scale a map by its own mean in another way; `none`: one map
+    normaliser: Literal["per_metric", "none"] = "per_metric"
+
+    epochs: int = Field(default=50, ge=1)
+    batch_size: int = Field(default=1, ge=1)
+    rate: float = Field(default=1e-3, gt=0)
+
+    def trainer(self) -> TrainerConfig:
+        """How the networks are trained."""
+        return TrainerConfig(epochs=self.epochs, batch_size=self.batch_size, rate=self.rate)
+
+
+# switches of the corrected recipe that are common to the family
+CORRECTED: dict[str, Any] = {
+    "rgb_norm": "model",
+    "idw": "direct",
+    "fps_skip_origin": False,
+    "xyz_resize": "center",
+    "valid_mask": "support",
+    "normaliser": "none",
+}
+# a recipe for machines without a GPU: a grid of 56 x 56, a sixteenth of the pixels
+FAST: dict[str, Any] = {"grid": 56, "epochs": 10, "batch_size": 1}
+
+
+class MappingMethod(ABC):
+    """Networks trained on dense features of one category. Subclasses build them and turn features into errors.
+
+    Fitted: `learner_`, the networks; `curves_`, the mean of each loss term per epoch.
+    """
+
+    learner_: Learner
+    curves_: dict[str, list[float]]
+
+    def __init__(self, config: MappingConfig, device: str = "cpu") -> None:
+        self.settings = config
+        self.device = device
+
+    @property
+    def view(self) -> View:
+        """The whole scan."""
+        return "resize"
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Which of the two features are read."""
+        return (RGB, POINTS)
+
+    @property
+    def smoothing(self) -> tuple[int, ...]:
+        """Windows of the box means that the errors go through."""
+        return SMOOTHING
+
+    @abstractmethod
+    def build_learner(self, channels: dict[str, int]) -> Learner:
+        """Fresh networks for so many channels of each stream, drawn from PyTorch's current random stream."""
+
+    @abstractmethod
+    def errors(self, learner: Learner, features: DenseFeatures) -> NDArray[np.floating]:
+        """Errors (side, side) of one sample before smoothing, non-negative, zero where nothing is valid."""
+
+    def features(self) -> dict[str, FeatureSpec]:
+        """Tokens of the RGB network, tokens and geometry of the point network."""
+        from mmad_cli.backbones.specs import FeatureSpec
+
+        config, specs = self.settings, {}
+        if POINTS in self.streams:
+            specs[POINTS] = FeatureSpec.point(config.point_backbone, **self.point_settings())
+        if RGB in self.streams:
+            specs[RGB] = FeatureSpec.timm(config.rgb_backbone, outputs=None, norm=config.rgb_norm, size=config.rgb_size)
+        return specs
+
+    def point_settings(self) -> dict[str, Any]:
+        """Settings of the point backbone."""
+        config = self.settings
+        names = ("groups", "group_size", "point_bn", "point_droppath", "droppath_seed", "idw", "fps_skip_origin")
+        return {name: getattr(config, name) for name in (*names, "xyz_resize")}
+
+    @property
+    def reader(self) -> DenseReader:
+        """How features are brought to pixels."""
+        config = self.settings
+        return DenseReader(
+            side=config.grid,
+            streams=self.streams,
+            channel_sum=config.valid_mask == "channel_sum",
+            device=self.device,
+        )
+
+    def fit(
+        self,
+        train: FeatureSet,
+        validation: FeatureSet,
+        *,
+        seed: int,
+        progress: ProgressCallback | None = None,
+    ) -> None:
+        """Train on the good samples; `validation` is not read. Raises DataError without training samples."""
+        self.fit_resumable(train, validation, seed=seed, folder=None, progress=progress)
+
+    def fit_resumable(
+        self,
+        train: FeatureSet,
+        validation: FeatureSet,
+        *,
+        seed: int,
+        folder: Path | None,
+        progress: ProgressCallback | None = None,
+    ) -> None:
+        """`fit` with a checkpoint in `folder` after each epoch, from which a later call goes on."""
+        if len(train) == 0:
+            raise DataError("there are no training samples; training needs at least one good sample")
+        data = DenseSet(train, self.reader)
+        learner = self._fresh(self._channels(data), seed)
+        self.curves_ = run_training(
+            learner,
+            data,
+            self.settings.trainer(),
+            seed=seed,
+            folder=folder,
+            identity=self.settings.model_dump_json(),
+            device=self.device,
+            progress=progress,
+        )
+        self.learner_ = learner
+
+    def losses(self) -> dict[str, list[float]]:
+        """Mean of every loss term per epoch."""
+        return self.curves_
+
+    def predict(self, sample: SampleFeatures) -> Prediction:
+        """Score one sample. Raises RuntimeError before `fit` or `load`, DataError where features do not fit."""
+        learner = self._fitted()
+        features = self.reader(sample)
+        if _channels(features) != self._trained_channels:
+            raise DataError(
+                f"{sample.id}: features have {_channels(features)} channels, the networks were trained on "
+                f"{self._trained_channels}; fit again with the same features"
+            )
+        with torch.inference_mode():
+            errors = self.errors(learner, features)
+        return self.scored(errors)
+
+    def scored(self, errors: NDArray[np.floating]) -> Prediction:
+        """Prediction from errors: smoothed and scaled as configured."""
+        smoothed = smooth(at_map_size(errors), self.smoothing)
+        if self.settings.normaliser == "per_metric":
+            return scaled(smoothed)
+        return Prediction(smoothed.astype("float32"), float(smoothed.max()))
+
+    def banks(self) -> dict[str, BankSize]:
+        """None: what is fitted is networks."""
+        return {}
+
+    def save(self, folder: Path) -> None:
+        """Write networks and loss curves into an existing empty folder."""
+        from safetensors.torch import save_file
+
+        tensors = {
+            f"{name}/{key}": value.detach().cpu().contiguous().clone()
+            for name, module in self._fitted().groups.items()
+            for key, value in module.state_dict().items()
+        }
+        save_file(tensors, str(folder / NETWORKS_FILE))
+        state = {"channels": self._trained_channels, "losses": self.curves_}
+        (folder / _STATE_FILE).write_text(json.dumps(state) + "\n")
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote. Raises DataError when the networks are not those of this configuration."""
+        from safetensors.torch import load_file
+
+        state = json.loads((folder / _STATE_FILE).read_text())
+        learner = self._fresh(state["channels"], 0)
+        tensors = load_file(str(folder / NETWORKS_FILE))
+        for name, module in learner.groups.items():
+            own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+            try:
+                module.load_state_dict(own)
+            except RuntimeError as error:
+                raise DataError(f"{folder / NETWORKS_FILE}: not the networks of this configuration: {error}") from error
+            module.to(self.device).requires_grad_(False).eval()
+        self.learner_, self.curves_ = learner, state["losses"]
+
+    def memory_estimate(self, n_train: int) -> int:
+        """Dense features of a batch, what the networks make of them with gradients, and kept tokens."""
+        pixels = self.settings.grid**2
+        batch = min(self.settings.batch_size, max(n_train, 1))
+        dense = batch * pixels * (768 + 1152) * _FLOAT32_BYTES
+        tokens = min(n_train * 10_000_000, 1 << 30)
+        return 3 * dense + tokens
+
+    def _fresh(self, channels: dict[str, int], seed: int) -> Learner:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            learner = self.build_learner(channels)
+        self._trained_channels = dict(channels)
+        return learner
+
+    def _fitted(self) -> Learner:
+        if not hasattr(self, "learner_"):
+            raise RuntimeError("the method is not fitted; call fit or load first")
+        return self.learner_
+
+    def _channels(self, data: DenseSet) -> dict[str, int]:
+        return _channels(data[0])
+
+
+def _channels(features: DenseFeatures) -> dict[str, int]:
+    streams = {RGB: features.rgb, POINTS: features.points}
+    return {name: int(tensor.shape[1]) for name, tensor in streams.items() if tensor is not None}
