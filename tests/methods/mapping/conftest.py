@@ -171,3 +171,29 @@ def golden_shapes() -> dict[str, dict[str, dict[str, list[int]]]]:
     """Published networks: configuration -> network -> state-dict key -> shape."""
     shapes: dict[str, dict[str, dict[str, list[int]]]] = json.loads((GOLDEN / "mapping_shapes.json").read_text())
     return shapes
+
+
+def _assembly(side: int, centres: int) -> dict[str, np.ndarray]:
+    foreground = _geometry(0, side)[0]
+    random = _random("assembly", BASE_SEED, side, centres)
+    relief = _upsample(_between(random, (_COARSE, _COARSE), -1.0, 1.0), side)
+    cell = np.arange(side, dtype=np.float64)
+    pitch = 0.10 / side
+    z = 0.45 + 0.012 * relief + 0.0001 * (random.random((side, side)) - 0.5)
+    x = (cell[None, :] - (side - 1) / 2.0) * pitch * z / 0.45
+    y = (cell[:, None] - (side - 1) / 2.0) * pitch * z / 0.45
+    cloud = np.where(foreground[None], np.stack([x + 0.0 * z, y + 0.0 * z, z]), 0.0).astype(np.float32)
+    count = int(np.all(cloud != 0, axis=0).sum())
+    order = np.argsort(random.random(count), kind="stable")
+    return {
+        "cloud": cloud.reshape(3, -1).T,
+        "chosen": np.sort(order[:centres]).astype(np.int64),
+        "tokens": _between(random, (_C_XYZ, centres), -2.0, 2.0).astype(np.float32).T,
+        "rgb": _between(random, (_C_RGB, 28 * 28), -2.0, 2.0).astype(np.float32).T if side == 224 else np.zeros(0),
+    }
+
+
+@pytest.fixture(scope="session")
+def golden_assembly() -> Callable[[int, int], dict[str, np.ndarray]]:
+    """(side, centres) -> cloud (side * side, 3), centres chosen among its points, their tokens, RGB tokens."""
+    return _assembly
