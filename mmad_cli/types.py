@@ -30,7 +30,8 @@ class SampleRef:
     """One scan on disk, not read yet.
 
     `id` is `<split>/<defect>/<stem>` and unique within its category. `files` maps a role (`rgb`, `xyz`, `gt`, ...)
-    to an absolute path; `gt` may be absent for good samples.
+    to an absolute path; `gt` may be absent for good samples. `part` tells, in plain values, which part of its files the
+    sample is where they hold several samples; it is empty where they hold one.
     """
 
     category: str
@@ -38,6 +39,7 @@ class SampleRef:
     defect: str
     stem: str
     files: Mapping[str, Path] = field(default_factory=dict)
+    part: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -56,6 +58,10 @@ class Sample:
 
     rgb uint8 (H, W, 3); xyz float32 (H', W', 3) in metres; mask bool (H, W). All three have one size, except after
     the `cfm` protocol on scans whose sides are no multiple of 100, where the cloud is padded further than the image.
+
+    A dataset that knows the background of its raw scans gives it as `background`, bool of the cloud's size, and no
+    table is searched for. Where `info` has a `background_value`, removed points are set to it instead of (0, 0, 0); it
+    has a coordinate of 0, which makes the pixel invalid.
     """
 
     category: str
@@ -66,6 +72,7 @@ class Sample:
     xyz: FloatArray
     mask: BoolArray
     info: Mapping[str, Any] = field(default_factory=dict)
+    background: BoolArray | None = None
 
     @property
     def id(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmad_cli.datasets.description import FILE_NAME, read_description
 from mmad_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -13,24 +14,28 @@ if TYPE_CHECKING:
 
 DATASETS: dict[str, str] = {
     "mvtec3d": "MVTec 3D-AD: <category>/<split>/<defect>/{rgb,xyz,gt}",
+    "eyecandies": "Eyecandies as distributed: <Category>/<train|val|test_public>/data/<number>_<item>",
+    "polyurethane": "polyurethane cutting set, 3D only: <category>/<scan>.ply, labelled by an Isolation Forest",
     "synthetic": "generated scans with exact masks, in the layout of MVTec 3D-AD (mmad synth)",
-    "folder": "own data in the layout of MVTec 3D-AD, with any category and defect names",
+    "folder": "own data: in the layout of MVTec 3D-AD with any names, or in your own described by a dataset.toml",
 }
 """Datasets and layouts that are read, with a description."""
 
 
 def published_train_counts(name: str) -> dict[str, int]:
     """Training samples per category of the published dataset `name`; empty for data that is not published."""
-    from mmad_cli.datasets.mvtec3d import TRAIN_COUNTS
+    from mmad_cli.datasets import eyecandies, mvtec3d
 
-    return dict(TRAIN_COUNTS) if name == "mvtec3d" else {}
+    counts = {"mvtec3d": mvtec3d.TRAIN_COUNTS, "eyecandies": eyecandies.TRAIN_COUNTS}
+    return dict(counts.get(name, {}))
 
 
 def describe_datasets() -> list[dict[str, Any]]:
     """Name, description and categories of every dataset that is known."""
     from mmad_cli.datasets.synthetic import CATEGORIES
 
-    categories = {"mvtec3d": sorted(published_train_counts("mvtec3d")), "synthetic": sorted(CATEGORIES)}
+    categories = {name: sorted(published_train_counts(name)) for name in ("mvtec3d", "eyecandies")}
+    categories["synthetic"] = sorted(CATEGORIES)
     return [
         {"name": name, "description": text, "categories": categories.get(name, [])} for name, text in DATASETS.items()
     ]
@@ -39,13 +44,18 @@ def describe_datasets() -> list[dict[str, Any]]:
 def open_dataset(root: Path) -> Dataset:
     """The dataset in the folder `root`, whatever its layout; one category's folder works too.
 
-    Raises DataError where `root` is no folder, cannot be read, is empty or has no known layout.
+    A `dataset.toml` in the folder, or given as `root`, tells the layout and its settings. Raises DataError where `root`
+    is no folder, cannot be read, is empty or has no known layout.
     """
     root = Path(root).expanduser().absolute()
     if not root.exists():
         raise DataError(f"{root}: no such folder; check the path, or make a dataset with `mmad synth {root.name}`")
+    if root.is_file() and root.suffix == ".toml":
+        return read_description(root)
     if not root.is_dir():
-        raise DataError(f"{root}: is a file, a dataset is a folder")
+        raise DataError(f"{root}: is a file, a dataset is a folder or a {FILE_NAME}")
+    if (root / FILE_NAME).is_file():
+        return read_description(root / FILE_NAME)
     try:
         if not any(root.iterdir()):
             raise DataError(f"{root}: the folder is empty; {_looked_for()}")
@@ -61,15 +71,15 @@ def open_dataset(root: Path) -> Dataset:
 
 def _detectors() -> list[Callable[[Path], Dataset | None]]:
     """One function per layout, asked in this order."""
-    from mmad_cli.datasets import mvtec3d
+    from mmad_cli.datasets import eyecandies, mvtec3d, polyurethane
 
-    return [mvtec3d.detect]
+    return [mvtec3d.detect, eyecandies.detect, polyurethane.detect]
 
 
 def _looked_for() -> str:
-    from mmad_cli.datasets.mvtec3d import LAYOUT
+    from mmad_cli.datasets import eyecandies, mvtec3d, polyurethane
 
-    return f"looked for {LAYOUT}"
+    return f"looked for {'; '.join(module.LAYOUT for module in (mvtec3d, eyecandies, polyurethane))}"
 
 
 def _hint(root: Path) -> str:

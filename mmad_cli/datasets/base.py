@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from mmad_cli.errors import DataError
-from mmad_cli.types import Sample, SampleRef
+from mmad_cli.errors import DataError, UsageError
+from mmad_cli.types import IndexArray, Sample, SampleRef
 
 _NAMED_AT_MOST = 8
+
+Modality = Literal["rgb", "3d"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,17 @@ class Dataset(Protocol):
     def root(self) -> Path:
         """The folder that holds the categories."""
 
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """What its scans hold. Without `rgb` the image of every sample is black and must not be used."""
+
+    @property
+    def own_background(self) -> bool:
+        """Whether its samples come with a `background`: protocols remove that instead of searching for a table."""
+
+    def departures(self) -> list[str]:
+        """In what its settings depart from how the published numbers were made."""
+
     def categories(self) -> list[str]:
         """Categories, sorted."""
 
@@ -90,6 +103,47 @@ class Dataset(Protocol):
 
     def examine(self, ref: SampleRef) -> Examination:
         """As `read`, but reads every file of the scan and collects what is wrong instead of raising."""
+
+
+@dataclass(frozen=True)
+class ScanLabels:
+    """What was computed of one scan file: its number of points, and the sorted indices of the marked ones."""
+
+    points: int
+    marked: IndexArray
+
+
+@runtime_checkable
+class PseudoLabelled(Protocol):
+    """What a dataset offers on top of `Dataset` when an algorithm marks the anomalies, not a person.
+
+    Labels of a scan file take long, and which samples there are depends on all of them; the stages keep them in the
+    store. `Dataset.samples` gives the same samples, and computes the labels whenever it is called in a new process.
+    """
+
+    def scan_files(self, category: str) -> list[Path]:
+        """The scan files of a category, in the order that counts."""
+
+    def labelling(self) -> dict[str, Any]:
+        """Everything but the file that decides the labels, as plain values: it enters the key of the store."""
+
+    def label_scan(self, path: Path) -> ScanLabels:
+        """Compute the labels of one scan file. Raises DataError naming the file."""
+
+    def list_labelled(self, category: str, labels: Mapping[Path, ScanLabels]) -> Listing:
+        """The samples of a category, given the labels of its scan files."""
+
+
+def require_modalities(dataset: Dataset, inputs: Iterable[str], what: str) -> None:
+    """UsageError where `what` (a method, a backbone) needs an image and the dataset has none.
+
+    inputs: what the features read, `rgb`, `depth` or `xyz`.
+    """
+    if "rgb" in inputs and "rgb" not in dataset.modalities:
+        raise UsageError(
+            f"{what} needs the modality rgb, and the dataset {dataset.name} in {dataset.root} has only "
+            f"{', '.join(dataset.modalities)}; choose a variant that works on 3D alone, see `mmad list variants`"
+        )
 
 
 def raw_files(ref: SampleRef) -> list[tuple[str, Path]]:

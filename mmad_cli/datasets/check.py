@@ -29,6 +29,8 @@ BORDER_PIXELS = 10
 BORDER_POINTS = 50
 
 _HASH_BYTES = 16
+# files whose content is that of one scan: cloud, image, depth image
+_CONTENT_ROLES = ("xyz", "rgb", "depth")
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def check_dataset(
     with ThreadPoolExecutor(workers) as pool:
         for name, listing in listings.items():
             findings.extend(listing.findings)
-            findings.extend(_about_counts(dataset.root / name, name, listing.refs))
+            findings.extend(_about_counts(dataset, name, listing.refs))
             facts = []
             for scan in pool.map(lambda ref: _examine(dataset, ref), listing.refs):
                 facts.append(scan)
@@ -137,11 +139,13 @@ def _count(refs: Sequence[SampleRef]) -> dict[str, dict[str, int]]:
     return counts
 
 
-def _about_counts(folder: Path, category: str, refs: Sequence[SampleRef]) -> Iterator[Finding]:
+def _about_counts(dataset: Dataset, category: str, refs: Sequence[SampleRef]) -> Iterator[Finding]:
     """What is wrong with the numbers of samples."""
 
     def finding(level: Literal["error", "warning"], message: str, advice: str) -> Finding:
-        return Finding(level, category, str(folder), message, advice)
+        # what to add is told in the terms of the layout of MVTec 3D-AD
+        advice = advice if dataset.layout == "mvtec3d" else f"add scans in the layout {dataset.layout}"
+        return Finding(level, category, str(dataset.root / category), message, advice)
 
     train = sum(ref.split == "train" for ref in refs)
     test_good = sum(ref.split == "test" and ref.defect == GOOD for ref in refs)
@@ -170,10 +174,13 @@ def _examine(dataset: Dataset, ref: SampleRef) -> _ScanFacts:
 
 
 def _digests(ref: SampleRef) -> dict[str, str]:
-    """Content digest of cloud and image; files that cannot be read are reported elsewhere."""
+    """Content digest of cloud and image; files that cannot be read are reported elsewhere.
+
+    Not of small files that are alike in many scans, nor of files that hold several samples.
+    """
     digests = {}
     for role, path in raw_files(ref):
-        if role == "gt":
+        if role not in _CONTENT_ROLES or ref.part:
             continue
         try:
             digests[role] = hashlib.blake2b(path.read_bytes(), digest_size=_HASH_BYTES).hexdigest()
@@ -212,7 +219,7 @@ def _about_cloud(sample: Sample) -> Iterator[str]:
         yield "millimetres"
     if valid.mean() < LOW_VALID_SHARE:
         yield "few points"
-    if valid[_border(valid.shape)].sum() < BORDER_POINTS:
+    if sample.background is None and valid[_border(valid.shape)].sum() < BORDER_POINTS:
         yield "empty border"
 
 
@@ -226,7 +233,8 @@ def _once_per_category(category: str, facts: Sequence[_ScanFacts]) -> Iterator[F
     for kind, (message, advice) in _ONCE_PER_CATEGORY.items():
         concerned = [scan.ref for scan in facts if kind in scan.kinds]
         if concerned:
-            path = str(concerned[0].files["xyz"])
+            files = concerned[0].files
+            path = str(files["xyz"] if "xyz" in files else files["depth"])
             yield Finding("warning", category, path, message.format(count=len(concerned)), advice)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmad_cli.datasets.base import Examination, Finding, Listing, raise_errors
+from mmad_cli.datasets.base import Examination, Finding, Listing, Modality, raise_errors
 from mmad_cli.datasets.scan import examine_scan
 from mmad_cli.errors import DataError
 from mmad_cli.types import GOOD, SPLITS, Sample, SampleRef, Split
@@ -57,6 +57,20 @@ class Mvtec3dDataset:
     def layout(self) -> str:
         """`mvtec3d`, whatever the content."""
         return "mvtec3d"
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """Image and cloud."""
+        return ("rgb", "3d")
+
+    @property
+    def own_background(self) -> bool:
+        """The table has to be found."""
+        return False
+
+    def departures(self) -> list[str]:
+        """Nothing can be set."""
+        return []
 
     def categories(self) -> list[str]:
         """Folders with at least one split folder, sorted; or the only one."""

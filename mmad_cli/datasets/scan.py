@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmad_cli.datasets.base import Examination, Finding
 from mmad_cli.types import GOOD, BoolArray, ByteArray, FloatArray, Sample, SampleRef
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 _BIT_DEPTH_OFFSET = 24
+# bit depth and colour type in the header
+_GREY_16_BIT = bytes([16, 0])
 
 # what damaged files make the readers raise
-_UNREADABLE = (OSError, ValueError, IndexError, KeyError, TypeError, SyntaxError, EOFError, struct.error, zlib.error)
+UNREADABLE = (OSError, ValueError, IndexError, KeyError, TypeError, SyntaxError, EOFError, struct.error, zlib.error)
 
-_COPY_AGAIN = "copy or download the file again"
+COPY_AGAIN = "copy or download the file again"
 
 
 @dataclass(eq=False)
@@ -54,7 +57,7 @@ def examine_scan(ref: SampleRef, read_unused: bool = True) -> Examination:
         path = ref.files[role]
         try:
             array = _READERS[role](path)
-            _check_size(path, array, arrays.get("xyz"), role)
+            check_size(path, array, arrays.get("xyz"), role)
             arrays[role] = array
         except Unusable as problem:
             findings.append(Finding("error", ref.category, str(problem.path), problem.message, problem.advice))
@@ -82,10 +85,10 @@ def read_xyz(path: Path) -> FloatArray:
             _check_complete(path, page)
             xyz = page.asarray()
     except PermissionError as error:
-        raise _no_permission(path, error) from error
-    except _UNREADABLE as error:
-        advice = f"{_COPY_AGAIN}; expected is a TIFF with float32 (H, W, 3)"
-        raise Unusable(path, f"cannot be read as TIFF ({_one_line(error)})", advice) from error
+        raise no_permission(path, error) from error
+    except UNREADABLE as error:
+        advice = f"{COPY_AGAIN}; expected is a TIFF with float32 (H, W, 3)"
+        raise Unusable(path, f"cannot be read as TIFF ({one_line(error)})", advice) from error
     cloud: FloatArray = np.ascontiguousarray(xyz, dtype=np.float32)
     _check_points(path, cloud)
     return cloud
@@ -100,6 +103,29 @@ def read_gt(path: Path) -> BoolArray:
     """Mask bool (H, W) of a PNG: true where any colour is above 0, since values are class ids. Raises Unusable."""
     image = _read_png(path, grey=True)
     return image > 0 if image.ndim == 2 else np.asarray((image > 0).any(axis=-1))
+
+
+def read_depth(path: Path) -> NDArray[np.uint16]:
+    """Depth codes uint16 (H, W) of a grey 16-bit PNG. Raises Unusable."""
+    from PIL import Image
+
+    try:
+        with path.open("rb") as file:
+            header = file.read(_BIT_DEPTH_OFFSET + 2)
+            if not header.startswith(PNG_SIGNATURE):
+                raise Unusable(path, "is not a PNG file", "a depth image is a grey 16-bit PNG; copy it again")
+            if header[_BIT_DEPTH_OFFSET:] != _GREY_16_BIT:
+                bits, colours = (*header[_BIT_DEPTH_OFFSET:], 0, 0)[:2]
+                kind = f"{bits} bits per channel" + (" and colours" if colours else "")
+                advice = "a depth image is a grey 16-bit PNG; take the original file, it cannot be restored from 8 bits"
+                raise Unusable(path, f"has {kind}", advice)
+            file.seek(0)
+            with Image.open(file, formats=["PNG"]) as image:
+                return np.asarray(image).astype(np.uint16)
+    except PermissionError as error:
+        raise no_permission(path, error) from error
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
+        raise Unusable(path, f"cannot be read as PNG ({one_line(error)})", COPY_AGAIN) from error
 
 
 _READERS = {"xyz": read_xyz, "rgb": read_rgb, "gt": read_gt}
@@ -119,7 +145,7 @@ def _check_complete(path: Path, page: tifffile.TiffPage) -> None:
     needed = max((o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
     size = path.stat().st_size
     if needed > size:
-        raise Unusable(path, f"is cut off: {size} bytes of at least {needed}", _COPY_AGAIN)
+        raise Unusable(path, f"is cut off: {size} bytes of at least {needed}", COPY_AGAIN)
 
 
 def _check_points(path: Path, xyz: FloatArray) -> None:
@@ -157,12 +183,13 @@ def _read_png(path: Path, grey: bool) -> ByteArray:
                 mode = "L" if grey and image.mode in ("1", "L", "LA") else "RGB"
                 return np.array(image.convert(mode), dtype=np.uint8)
     except PermissionError as error:
-        raise _no_permission(path, error) from error
-    except (*_UNREADABLE, Image.DecompressionBombError) as error:
-        raise Unusable(path, f"cannot be read as PNG ({_one_line(error)})", _COPY_AGAIN) from error
+        raise no_permission(path, error) from error
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
+        raise Unusable(path, f"cannot be read as PNG ({one_line(error)})", COPY_AGAIN) from error
 
 
-def _check_size(path: Path, array: Any, xyz: FloatArray | None, role: str) -> None:
+def check_size(path: Path, array: Any, xyz: NDArray[Any] | None, role: str) -> None:
+    """Raises Unusable where an image (`rgb`) or ground truth has not the size of the cloud or depth `xyz`."""
     if xyz is None or array.shape[:2] == xyz.shape[:2]:
         return
     kind = "image" if role == "rgb" else "ground truth"
@@ -173,9 +200,11 @@ def _check_size(path: Path, array: Any, xyz: FloatArray | None, role: str) -> No
     )
 
 
-def _no_permission(path: Path, error: PermissionError) -> Unusable:
+def no_permission(path: Path, error: PermissionError) -> Unusable:
+    """The finding about a file that may not be opened."""
     return Unusable(path, f"cannot be opened ({os.strerror(error.errno or 0)})", "give read permission")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The words of an error, or its name where it has none."""
     return " ".join(str(error).split()) or type(error).__name__

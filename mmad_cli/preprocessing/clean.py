@@ -44,6 +44,10 @@ def preprocess(sample: Sample, config: PreprocessConfig) -> Sample:
     - `cfm`: xyz as above; rgb and mask squared to the larger of H and W by repeating their edges.
     - `none`: unchanged.
 
+    A sample that comes with its `background` (Eyecandies) has no table to search for, and its published conversion
+    neither clusters nor pads: `m3dm` and `cfm` both set the background's points to `info["background_value"]` or, where
+    that is not given, (0, 0, 0), and leave image and mask as they are.
+
     `info` records the plane (4 numbers, or None and `plane_reason`), `removed_plane_pixels`,
     `removed_debris_pixels`, `pad` and `image_pad` (top, left), `valid_before` and `valid_after`. A scan whose border
     holds too few points for a plane, such as one that was cleaned before, keeps all points but debris.
@@ -53,8 +57,15 @@ def preprocess(sample: Sample, config: PreprocessConfig) -> Sample:
     _check(sample)
     if config.protocol == "none":
         return replace(
-            sample, rgb=sample.rgb.copy(), xyz=sample.xyz.copy(), mask=sample.mask.copy(), info=_info(sample)
+            sample,
+            rgb=sample.rgb.copy(),
+            xyz=sample.xyz.copy(),
+            mask=sample.mask.copy(),
+            info=_info(sample),
+            background=None,
         )
+    if sample.background is not None:
+        return _without_background(sample, sample.background)
     cleaning = _find(sample.xyz, config)
     removed = cleaning.near_plane | cleaning.debris
     height, width = sample.mask.shape
@@ -91,6 +102,20 @@ def _check(sample: Sample) -> None:
         raise ValueError(f"mask: should be {size} as the cloud, got {sample.mask.shape}")
     if not np.isfinite(sample.xyz).all():
         raise ValueError("xyz: should be finite with missing points (0, 0, 0), got NaN or infinity")
+    if sample.background is not None and sample.background.shape != size:
+        raise ValueError(f"background: should be {size} as the cloud, got {sample.background.shape}")
+
+
+def _without_background(sample: Sample, background: BoolArray) -> Sample:
+    xyz = sample.xyz.copy()
+    xyz[background] = np.asarray(sample.info.get("background_value", (0, 0, 0)), dtype=np.float32)
+    clean = replace(sample, rgb=sample.rgb.copy(), xyz=xyz, mask=sample.mask.copy(), background=None)
+    record = {
+        **_info(sample, clean),
+        "plane_reason": "the dataset tells the background of its scans; no table was searched for",
+        "removed_background_pixels": int(background.sum()),
+    }
+    return replace(clean, info=record)
 
 
 def _round_up(length: int, multiple: int) -> int:
