@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint bench docs clean
+.PHONY: install demo test lint gate bench docs clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)  ## the environment: .venv with mmad and the development tools
@@ -16,8 +16,8 @@ $(STAMP): pyproject.toml constraints.txt tools/environment.sh mmad_cli/_version.
 demo: $(STAMP)  ## one method on the default synthetic dataset: table on screen, run under runs/
 	$(BIN)/mmad evaluate --method btf --variant fpfh --save-maps
 
-test: $(STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## the whole test suite, on all cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(STAMP)  ## style, types, direction of imports
 	$(BIN)/ruff check .
@@ -25,11 +25,15 @@ lint: $(STAMP)  ## style, types, direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+gate: $(STAMP)  ## our own numbers on a small synthetic dataset against ci/btf-fpfh.json
+	bash ci/gate.sh
+
 bench: $(STAMP)  ## our speed against the published form, measured in one run
 	$(BIN)/python -m benchmarks
 
-docs: $(STAMP)  ## generated pages: command-line reference and JSON Schema of a run
+docs: $(STAMP)  ## generated pages (command-line reference, JSON Schema of a run), then the site under site/
 	$(BIN)/python tools/generate_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:  ## remove the environment and caches, not runs and not the store
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist site
