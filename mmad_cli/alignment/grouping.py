@@ -34,9 +34,9 @@ _TILE_BYTES = 64 << 20
 
 
 def farthest_points(
-    points: NDArray[np.floating[Any]], count: int, skip_origin: bool = True, device: str = "cpu"
+    points: NDArray[np.floating[Any]], count: int, skip_origin: bool = True, device: str = "cpu", start: int = 0
 ) -> IndexArray:
-    """Indices int64 (count,) of farthest point sampling in order of choice; the first is point 0.
+    """Indices int64 (count,) of farthest point sampling in order of choice; the first is point `start`.
 
     Each next point has the largest squared distance to those chosen so far; of equal ones the smallest index.
     points: (N, 3) in metres, N >= 1. skip_origin: points with x^2 + y^2 + z^2 <= 1e-3 are never chosen after the
@@ -47,14 +47,16 @@ def farthest_points(
     cloud = _as_points(points, "points")
     if count < 1:
         raise ValueError(f"count: should be at least 1, got {count}")
+    if not 0 <= start < len(cloud):
+        raise ValueError(f"start: should lie in 0..{len(cloud) - 1}, got {start}")
     if len(cloud) < count:
         _log.warning("%d centres of %d points: some repeat", count, len(cloud))
     if device != "cpu":
-        return _farthest_points_torch(cloud, count, skip_origin, device)
-    return _farthest_points_numpy(cloud, count, skip_origin)
+        return _farthest_points_torch(cloud, count, skip_origin, device, start)
+    return _farthest_points_numpy(cloud, count, skip_origin, start)
 
 
-def _farthest_points_numpy(cloud: FloatArray, count: int, skip_origin: bool) -> IndexArray:
+def _farthest_points_numpy(cloud: FloatArray, count: int, skip_origin: bool, start: int) -> IndexArray:
     """The loop, on the points that can still be chosen.
 
     A distance never grows, so a point below the distance of the last choice is never chosen. That distance is not
@@ -65,7 +67,7 @@ def _farthest_points_numpy(cloud: FloatArray, count: int, skip_origin: bool) -> 
     active = _Points(np.arange(len(cloud)), axes, _start_distances(axes, skip_origin))
     parked: list[tuple[int, _Points]] = []
     bound, may_park = -np.inf, True
-    chosen = np.zeros(count, dtype=np.int64)
+    chosen = np.full(count, start, dtype=np.int64)
     for step in range(1, count):
         active.approach(cloud[chosen[step - 1]])
         best = active.distance.argmax()
@@ -117,7 +119,7 @@ def _with_parked(active: _Points, parked: list[tuple[int, _Points]], chosen: Flo
     return joined.part(np.argsort(index))
 
 
-def _farthest_points_torch(cloud: FloatArray, count: int, skip_origin: bool, device: str) -> IndexArray:
+def _farthest_points_torch(cloud: FloatArray, count: int, skip_origin: bool, device: str, start: int = 0) -> IndexArray:
     """The same on a GPU; the index of the last choice never leaves it, so nothing waits for the host."""
     import torch
 
@@ -125,7 +127,7 @@ def _farthest_points_torch(cloud: FloatArray, count: int, skip_origin: bool, dev
         transposed = np.ascontiguousarray(cloud.T)
         axes = torch.from_numpy(transposed).to(device)
         distance = torch.from_numpy(_start_distances(transposed, skip_origin)).to(device)
-        chosen = torch.zeros(count, dtype=torch.int64, device=device)
+        chosen = torch.full((count,), start, dtype=torch.int64, device=device)
         for step in range(1, count):
             square = (axes - axes.index_select(1, chosen[step - 1 : step])).square_()
             torch.minimum(distance, square[0].add_(square[1]).add_(square[2]), out=distance)

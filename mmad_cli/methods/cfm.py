@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmad_cli.methods.base import MethodDefinition
-from mmad_cli.methods.mapping.dense import POINTS, RGB, DenseFeatures
+from mmad_cli.methods.mapping.dense import POINTS, RGB, DenseFeatures, Tokens
 from mmad_cli.methods.mapping.method import CORRECTED, FAST, MappingConfig, MappingMethod
 from mmad_cli.methods.mapping.trainer import Learner
 
@@ -62,7 +62,11 @@ class Mapper(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(n, inputs) to (n, outputs)."""
-        hidden = nn.functional.gelu(self.input(features))
+        return self.after_first(self.input(features))
+
+    def after_first(self, first: Tensor) -> Tensor:
+        """The rest, from what the first linear layer gives (n, hidden)."""
+        hidden = nn.functional.gelu(first)
         for name in self.between:
             hidden = nn.functional.gelu(self.get_submodule(name)(hidden))
         predicted: Tensor = self.output(hidden)
@@ -158,6 +162,29 @@ class Cfm(MappingMethod):
         errors = torch.zeros(features.side * features.side, device=valid.device)
         errors[valid] = product
         return np.asarray(errors.reshape(features.side, features.side).cpu().numpy())
+
+    def sample_errors(self, learner: Learner, tokens: Tokens) -> NDArray[np.floating]:
+        """`errors` from tokens: valid pixels only, and the first layers are applied to tokens instead of pixels."""
+        if not isinstance(learner, CfmLearner):
+            raise TypeError(f"learner: expected CfmLearner, got {type(learner).__name__}")
+        pixels = self.reader.valid_pixels(tokens)
+        seen, felt = pixels.rgb, pixels.points
+        to_points, to_rgb = learner.to_points.input, learner.to_rgb.input
+        product = _errors_after(learner.to_points, pixels.rgb_mapped(to_points.weight) + to_points.bias, felt)
+        product *= _errors_after(learner.to_rgb, pixels.points_mapped(to_rgb.weight) + to_rgb.bias, seen)
+        side = self.config.grid
+        errors = torch.zeros(side * side, device=product.device)
+        errors[pixels.index] = product
+        return np.asarray(errors.reshape(side, side).cpu().numpy())
+
+
+def _errors_after(mapper: Mapper, first: Tensor, targets: Tensor) -> Tensor:
+    """Chord lengths (n,) between prediction and target, from the output of the mapper's first layer (n, hidden)."""
+    parts = [
+        chord_lengths(mapper.after_first(first[begin : begin + _TILE]), targets[begin : begin + _TILE])
+        for begin in range(0, len(first), _TILE)
+    ]
+    return torch.cat(parts) if parts else first.new_zeros(0)
 
 
 _FAST: dict[str, Any] = {**FAST, "pixels_per_step": 512, "batch_size": 4}

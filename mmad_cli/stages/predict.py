@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mmad_cli.errors import DataError
 from mmad_cli.files import translated_os_errors
 from mmad_cli.methods.base import Prediction, Trained
+from mmad_cli.stages.checkpoints import load_checkpoint
 from mmad_cli.stages.clean import recomputed
 from mmad_cli.stages.features import StoredFeatures, StoredSample
 from mmad_cli.stages.plan import FIT, PREDICT, CategoryPlan, MethodRun
@@ -48,6 +49,9 @@ def fitted_method(session: Session, plan: CategoryPlan, run: MethodRun) -> tuple
         except CorruptArtefactError as error:
             session.reporter.notice(recomputed(error))
         method = _unfitted(session, plan, run)
+        if plan.checkpoint is not None:
+            load_checkpoint(method, plan.checkpoint)
+            return method, _keep(session, plan, method)
         if not plan.samples.train:
             raise DataError(f"category {plan.samples.category}: no training sample in train/good")
         train = stored_features(session, plan, plan.samples.train)
@@ -57,15 +61,21 @@ def fitted_method(session: Session, plan: CategoryPlan, run: MethodRun) -> tuple
             watch = Stopwatch()
             from_start = _fit(method, train, validation, run.seed, work, advance)
             watch.lap(len(train))
-        info: dict[str, Any] = {"banks": {name: {"rows": b.rows, "dim": b.dim} for name, b in method.banks().items()}}
-        if isinstance(method, Trained):
-            info["losses"] = method.losses()
-        with store.write_folder(plan.fit, info) as folder:
-            method.save(folder)
+        info = _keep(session, plan, method)
         shutil.rmtree(work, ignore_errors=True)
         if from_start:
             watch.record(session, method_name(FIT, run, session.resolve_device(), len(train)))
         return method, info
+
+
+def _keep(session: Session, plan: CategoryPlan, method: Method) -> dict[str, Any]:
+    """Put a fitted method into the store; returns what is recorded with it."""
+    info: dict[str, Any] = {"banks": {name: {"rows": b.rows, "dim": b.dim} for name, b in method.banks().items()}}
+    if isinstance(method, Trained):
+        info["losses"] = method.losses()
+    with session.store.write_folder(plan.fit, info) as folder:
+        method.save(folder)
+    return info
 
 
 def _fit(

@@ -90,6 +90,19 @@ def test_parking_points_changes_no_choice(rng, monkeypatch, margin):
     assert returns
 
 
+def test_the_first_choice_may_be_any_point(rng):
+    points = rng.random((500, 3)).astype(np.float32)
+    chosen = farthest_points(points, 60, start=123)
+    assert chosen[0] == 123 and len(set(chosen.tolist())) == 60
+    assert np.array_equal(chosen, grouping._farthest_points_torch(points, 60, True, "cpu", 123))
+    # the greedy rule holds from there
+    for step in range(1, 60):
+        nearest = ((points[:, None] - points[chosen[:step]][None]) ** 2).sum(axis=2).min(axis=1)
+        assert nearest[chosen[step]] == pytest.approx(nearest.max(), rel=1e-5)
+    with pytest.raises(ValueError, match="start"):
+        farthest_points(points, 3, start=500)
+
+
 def test_equal_distances_go_to_the_smallest_index():
     points = np.array([[0, 0, 1], [1, 0, 1], [-1, 0, 1], [0, 1, 1]], dtype=np.float32)
     assert farthest_points(points, 4).tolist() == [0, 1, 2, 3]

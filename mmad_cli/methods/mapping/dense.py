@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,6 +89,56 @@ class DenseReader:
             valid = points.sum(dim=1) != 0 if self.channel_sum else (points != 0).any(dim=1)
         return DenseFeatures(rgb, points, valid, self.side)
 
+    def valid_pixels(self, tokens: Tokens) -> ValidPixels:
+        """Features of the valid pixels only; both streams must be read."""
+        if tokens.points is None or tokens.rgb is None or tokens.grid is None:
+            raise ValueError("tokens: both RGB and point tokens are needed here")
+        # rows without entries are pixels that no point reaches: their features are zero
+        reached = np.flatnonzero(np.diff(tokens.operator.indptr))
+        points = _product(tokens.operator[reached], tokens.points, self.device)
+        valid = points.sum(dim=1) != 0 if self.channel_sum else (points != 0).any(dim=1)
+        index = reached[valid.cpu().numpy()]
+        return ValidPixels(
+            torch.from_numpy(index).to(self.device),
+            points[valid],
+            tokens,
+            (_bilinear_operator(tokens.grid, self.side)[index], tokens.operator[index]),
+            self.device,
+        )
+
+
+@dataclass(frozen=True)
+class ValidPixels:
+    """Features of the n valid pixels of a sample, at flat indices `index` of the grid.
+
+    Both streams are linear in their tokens, so a linear map of all pixels' features costs a map of the tokens.
+    """
+
+    index: Tensor
+    points: Tensor
+    tokens: Tokens
+    operators: tuple[Any, Any]
+    device: str
+
+    @property
+    def rgb(self) -> Tensor:
+        """RGB features (n, C2)."""
+        return self._carried(0, self.tokens.rgb)
+
+    def rgb_mapped(self, weight: Tensor) -> Tensor:
+        """RGB features times `weight` (out, C2) transposed: (n, out)."""
+        return self._carried(0, self._mapped(self.tokens.rgb, weight))
+
+    def points_mapped(self, weight: Tensor) -> Tensor:
+        """Point features times `weight` (out, C3) transposed: (n, out)."""
+        return self._carried(1, self._mapped(self.tokens.points, weight))
+
+    def _mapped(self, tokens: FloatArray | None, weight: Tensor) -> FloatArray:
+        return np.asarray((torch.from_numpy(tokens).to(self.device) @ weight.T).cpu().numpy())
+
+    def _carried(self, which: int, tokens: FloatArray | None) -> Tensor:
+        return _product(self.operators[which], tokens, self.device)
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -97,6 +148,12 @@ class Tokens:
     grid: int | None
     points: FloatArray | None
     operator: Any
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """Channels of each stream that was read."""
+        streams = {RGB: self.rgb, POINTS: self.points}
+        return {name: int(array.shape[1]) for name, array in streams.items() if array is not None}
 
     @property
     def nbytes(self) -> int:
@@ -141,7 +198,18 @@ def upsampled(tokens: Tensor, grid: int, side: int) -> Tensor:
     return torch.matmul(matrix, rows).reshape(side * side, channels)
 
 
-def _product(operator: Any, tokens: FloatArray, device: str) -> Tensor:
+@lru_cache(maxsize=8)
+def _bilinear_operator(grid: int, side: int) -> Any:
+    """`upsampled` as a SciPy CSR matrix (side * side, grid * grid): four entries a row at most."""
+    from scipy.sparse import csr_matrix, kron
+
+    axis = csr_matrix(bilinear_matrix(grid, side))
+    return kron(axis, axis, format="csr").astype(np.float32)
+
+
+def _product(operator: Any, tokens: FloatArray | None, device: str) -> Tensor:
+    if tokens is None:
+        raise ValueError("tokens: this stream was not read")
     if device == "cpu":
         return torch.from_numpy(np.asarray(operator @ tokens, dtype=np.float32))
     parts = (operator.indptr.astype(np.int64), operator.indices.astype(np.int64), operator.data)
@@ -167,4 +235,5 @@ def _point_tokens(sample: SampleFeatures, size: int, side: int) -> tuple[FloatAr
     pixel, neighbours, weights = (read_array(sample, POINTS, name) for name in ("pixel", "neighbours", "weights"))
     if len(pixel) == 0:
         raise DataError(f"{sample.id}: no valid 3D points, so there are no point features; check its xyz file")
-    return tokens, pooled_operator(neighbours, weights, pixel, len(tokens), grid=side, size=size)
+    operator = pooled_operator(neighbours, weights, pixel, len(tokens), grid=side, size=size)
+    return tokens, operator.tocsr()

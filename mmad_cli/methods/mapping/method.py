@@ -21,7 +21,7 @@ from mmad_cli.methods.base import (
     SampleFeatures,
     View,
 )
-from mmad_cli.methods.mapping.dense import POINTS, RGB, DenseFeatures, DenseReader, DenseSet
+from mmad_cli.methods.mapping.dense import POINTS, RGB, DenseFeatures, DenseReader, DenseSet, Tokens
 from mmad_cli.methods.mapping.scoring import SMOOTHING, at_map_size, scaled, smooth
 from mmad_cli.methods.mapping.trainer import Learner, TrainerConfig
 from mmad_cli.methods.mapping.trainer import train as run_training
@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 NETWORKS_FILE = "networks.safetensors"
 _STATE_FILE = "state.json"
 
-# bytes per pixel and channel of what a training step holds, beyond the networks (measured with tracemalloc and RSS)
 _FLOAT32_BYTES = 4
+# of a ViT-B and of the point networks
+_ALL_BLOCKS = 12
 
 
 class MappingConfig(MethodConfig):
@@ -45,7 +46,9 @@ class MappingConfig(MethodConfig):
     rgb_backbone: str = "vit_base_patch8_224.dino"
     rgb_size: int = Field(default=224, ge=8)
     rgb_norm: Literal["imagenet", "model"] = "imagenet"
-    point_backbone: Literal["point_mae", "point_bert"] = "point_mae"
+    point_backbone: Literal["point_mae", "point_bert", "builtin_points"] = "point_mae"
+    # transformer blocks of both extractors that are used
+    blocks: int = Field(default=12, ge=1, le=12)
     groups: int = Field(default=1024, ge=3)
     group_size: int = Field(default=128, ge=1)
     # `batch` normalises with the statistics of the scan at hand (the published extractor is left in training mode),
@@ -133,14 +136,20 @@ class MappingMethod(ABC):
         if POINTS in self.streams:
             specs[POINTS] = FeatureSpec.point(config.point_backbone, **self.point_settings())
         if RGB in self.streams:
-            specs[RGB] = FeatureSpec.timm(config.rgb_backbone, outputs=None, norm=config.rgb_norm, size=config.rgb_size)
+            specs[RGB] = FeatureSpec.timm(
+                config.rgb_backbone,
+                outputs=None,
+                norm=config.rgb_norm,
+                size=config.rgb_size,
+                blocks=None if config.blocks == _ALL_BLOCKS else config.blocks,
+            )
         return specs
 
     def point_settings(self) -> dict[str, Any]:
         """Settings of the point backbone."""
         config = self.settings
-        names = ("groups", "group_size", "point_bn", "point_droppath", "droppath_seed", "idw", "fps_skip_origin")
-        return {name: getattr(config, name) for name in (*names, "xyz_resize")}
+        names = ("groups", "group_size", "point_bn", "point_droppath", "droppath_seed", "idw", "xyz_resize")
+        return {name: getattr(config, name) for name in (*names, "fps_skip_origin", "blocks")}
 
     @property
     def reader(self) -> DenseReader:
@@ -177,7 +186,7 @@ class MappingMethod(ABC):
         if len(train) == 0:
             raise DataError("there are no training samples; training needs at least one good sample")
         data = DenseSet(train, self.reader)
-        learner = self._fresh(self._channels(data), seed)
+        learner = self._fresh(self.reader.tokens(train[0]).channels, seed)
         self.curves_ = run_training(
             learner,
             data,
@@ -197,15 +206,19 @@ class MappingMethod(ABC):
     def predict(self, sample: SampleFeatures) -> Prediction:
         """Score one sample. Raises RuntimeError before `fit` or `load`, DataError where features do not fit."""
         learner = self._fitted()
-        features = self.reader(sample)
-        if _channels(features) != self._trained_channels:
+        tokens = self.reader.tokens(sample)
+        if tokens.channels != self._trained_channels:
             raise DataError(
-                f"{sample.id}: features have {_channels(features)} channels, the networks were trained on "
+                f"{sample.id}: features have {tokens.channels} channels, the networks were trained on "
                 f"{self._trained_channels}; fit again with the same features"
             )
         with torch.inference_mode():
-            errors = self.errors(learner, features)
+            errors = self.sample_errors(learner, tokens)
         return self.scored(errors)
+
+    def sample_errors(self, learner: Learner, tokens: Tokens) -> NDArray[np.floating]:
+        """`errors` of a sample, from its tokens."""
+        return self.errors(learner, self.reader.assemble(tokens))
 
     def scored(self, errors: NDArray[np.floating]) -> Prediction:
         """Prediction from errors: smoothed and scaled as configured."""
@@ -266,11 +279,3 @@ class MappingMethod(ABC):
         if not hasattr(self, "learner_"):
             raise RuntimeError("the method is not fitted; call fit or load first")
         return self.learner_
-
-    def _channels(self, data: DenseSet) -> dict[str, int]:
-        return _channels(data[0])
-
-
-def _channels(features: DenseFeatures) -> dict[str, int]:
-    streams = {RGB: features.rgb, POINTS: features.points}
-    return {name: int(tensor.shape[1]) for name, tensor in streams.items() if tensor is not None}

@@ -9,6 +9,7 @@ from scipy.ndimage import binary_dilation
 
 from mmad_cli.alignment.interpolation import nearest_centres
 from mmad_cli.errors import DataError
+from mmad_cli.methods.cfm import Cfm, CfmConfig
 from mmad_cli.methods.checks import GeneratedFeatures, GeneratedSample
 from mmad_cli.methods.mapping.dense import POINTS, RGB, DenseReader, DenseSet, upsampled
 
@@ -120,3 +121,26 @@ def test_a_grid_that_is_not_square_is_refused(sample):
     broken = GeneratedSample("test/bent/007", {**made.arrays, RGB: {"tokens": made[RGB]["tokens"], "grid": [14, 56]}})
     with pytest.raises(DataError, match=r"test/bent/007.*14 x 56"):
         DenseReader()(broken)
+
+
+@pytest.mark.parametrize("channel_sum", [True, False])
+def test_valid_pixels_are_those_of_the_whole_grid(sample, channel_sum):
+    made, reader = sample(), DenseReader(channel_sum=channel_sum)
+    dense, pixels = reader(made), reader.valid_pixels(reader.tokens(made))
+    np.testing.assert_array_equal(pixels.index.numpy(), np.flatnonzero(dense.valid.numpy()))
+    assert torch.allclose(pixels.rgb, dense.rgb[dense.valid], atol=1e-5)
+    assert torch.equal(pixels.points, dense.points[dense.valid])
+    weight = torch.randn(7, 768), torch.randn(7, 1152)
+    assert torch.allclose(pixels.rgb_mapped(weight[0]), dense.rgb[dense.valid] @ weight[0].T, atol=1e-3)
+    assert torch.allclose(pixels.points_mapped(weight[1]), dense.points[dense.valid] @ weight[1].T, atol=1e-3)
+
+
+def test_cfm_scores_the_same_from_tokens_and_from_the_whole_grid(sample):
+    method = Cfm(CfmConfig(grid=56))
+    torch.manual_seed(0)
+    learner = method.build_learner({RGB: 768, POINTS: 1152})
+    tokens = method.reader.tokens(sample())
+    with torch.inference_mode():
+        whole, fast = method.errors(learner, method.reader.assemble(tokens)), method.sample_errors(learner, tokens)
+    assert whole.shape == fast.shape == (56, 56)
+    assert relative(fast, whole) < 1e-5
