@@ -28,6 +28,10 @@ def create(spec: FeatureSpec, device: str = "cpu") -> Backbone:
         from mmad_cli.backbones.point_backbone import PointBackbone
 
         return PointBackbone(spec, device=device)
+    if spec.backbone == "builtin_points":
+        from mmad_cli.backbones.builtin.backbone import BuiltinPointBackbone
+
+        return BuiltinPointBackbone(spec, device=device)
     from mmad_cli.backbones.timm_backbone import TimmBackbone
 
     return TimmBackbone(spec, device=device)

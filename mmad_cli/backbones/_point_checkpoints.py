@@ -73,6 +73,19 @@ def fit_uff(tensors: Tensors, path: Path) -> FittedTensors:
     return FittedTensors(tensors, None)
 
 
+def fit_builtin(name: str, tensors: Tensors, path: Path) -> FittedTensors:
+    """A built-in network as `mmad pretrain` writes it: every tensor but the counters of batch normalisation."""
+    import torch
+
+    from mmad_cli.backbones.builtin.points import PointNetwork
+    from mmad_cli.backbones.builtin.rgb import RgbNetwork
+
+    with torch.device("meta"):
+        expected = module_shapes(RgbNetwork() if name == "builtin_rgb" else PointNetwork())
+    _require(expected, tensors, name, path)
+    return FittedTensors(tensors, None)
+
+
 def uff_shapes() -> dict[str, tuple[int, ...]]:
     """Shapes of the fusion block: per modality LayerNorm, linear C-4C, linear 4C-C, and a head C-256."""
     shapes: dict[str, tuple[int, ...]] = {}

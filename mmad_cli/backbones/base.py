@@ -22,10 +22,10 @@ class Backbone(Protocol):
     Samples come at scan size; the backbone brings them to network size itself. Arrays by backbone:
 
     timm, `outputs` given    `out{i}` float32 (C, h, w) per chosen output i
-    timm, `outputs` None     `tokens` float32 (P, C), row-major on `grid` int32 (2,) = (h, w)
+    timm, `outputs` None     `tokens` float32 (P, C), row-major on `grid` int32 (2,) = (h, w); likewise for `render`
     fpfh                     `points` float32 (n, 33) in raster order, `pixel` int32 (n,) = size * y + x
     depth                   `z` float32 (size, size)
-    point_mae, point_bert   `tokens` float32 (G, 1152) of the groups around `centres` float32 (G, 3);
+    point_mae, point_bert, builtin_points: `tokens` float32 (G, C) of the groups around `centres` float32 (G, 3);
                             `pixel` int32 (n,) of each point, its `neighbours` int16 or int32 (n, 3) among the
                             groups and their `weights` float32 (n, 3): see `mmad_cli.alignment.interpolation`
     """

@@ -50,7 +50,8 @@ class PointBackbone:
 
         settings, threads = self._settings, torch.get_num_threads()
         points, pixel = self._points(sample)
-        chosen = farthest_points(points, settings.groups, settings.fps_skip_origin, self._device.type)
+        start = self._start(sample, len(points))
+        chosen = farthest_points(points, settings.groups, settings.fps_skip_origin, self._device.type, start)
         centres = points[chosen]
         members = group_neighbours(points, centres, settings.group_size, self._device.type, threads)
         indices, weights = nearest_centres(points, centres, settings.idw, threads)
@@ -88,6 +89,7 @@ class PointBackbone:
                 torch.from_numpy(centres).to(self._device),
                 batch_statistics=self._settings.point_bn == "batch",
                 keep=self._keep(sample),
+                blocks=self._settings.blocks,
             )
         return float32(tokens.cpu().numpy())
 
@@ -99,6 +101,16 @@ class PointBackbone:
 
         if self._settings.point_droppath == "off":
             return None
-        name = f"{self._settings.droppath_seed}/{sample.category}/{sample.id}"
-        seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
-        return draw_keep(torch.Generator().manual_seed(seed))
+        return draw_keep(torch.Generator().manual_seed(_own_seed(self._settings.droppath_seed, sample)))
+
+    def _start(self, sample: Sample, count: int) -> int:
+        """The first group centre: point 0, or any point, the same whatever was computed before."""
+        if self._settings.fps_start == "first":
+            return 0
+        return int(np.random.default_rng(_own_seed(self._settings.fps_seed, sample)).integers(count))
+
+
+def _own_seed(seed: int, sample: Sample) -> int:
+    """A seed of the sample's own."""
+    name = f"{seed}/{sample.category}/{sample.id}"
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")

@@ -17,9 +17,9 @@ Network = Literal["point_mae", "point_bert"]
 WIDTH = 384
 DEPTH = 12
 HEADS = 6
-# outputs after these blocks (counted from 0) make up the feature
-OUTPUT_BLOCKS = (3, 7, 11)
-CHANNELS = WIDTH * len(OUTPUT_BLOCKS)
+# outputs after these blocks (counted from 0) make up the feature, by the number of blocks that are kept: CFM prunes
+# to 8 and 4; of any other number only the last output is taken
+OUTPUT_BLOCKS = {12: (3, 7, 11), 8: (1, 4, 7), 4: (1, 2, 3)}
 DROP_RATES = tuple(0.1 * block / (DEPTH - 1) for block in range(DEPTH))
 # the first block's rate is 0, so it has nothing to draw; two branches in each other block
 DROP_DECISIONS = 2 * (DEPTH - 1)
@@ -238,8 +238,9 @@ class PointTransformer(nn.Module):
         centres: torch.Tensor,
         batch_statistics: bool = True,
         keep: Sequence[bool] | None = None,
+        blocks: int = DEPTH,
     ) -> torch.Tensor:
-        """Features float32 (G, 1152) of one sample.
+        """Features float32 (G, 1152) of one sample; `blocks` are used, of which (12, 8, 4 of them) three are joined.
 
         groups: coordinates relative to the centre, metres. batch_statistics: BatchNorm from this sample, as in the
         published code, else stored. keep: stochastic depth, one flag per branch of blocks 1 to 11 (attention, MLP);
@@ -253,9 +254,10 @@ class PointTransformer(nn.Module):
             tokens = torch.cat([self.cls_token[0], self.reduce_dim(tokens)])
             position = torch.cat([self.cls_pos[0], position])
         outputs = []
-        for index, (block, branches) in enumerate(zip(self.blocks.blocks, weights, strict=True)):
+        joined = OUTPUT_BLOCKS.get(blocks, (blocks - 1,))
+        for index, (block, branches) in enumerate(zip(self.blocks.blocks[:blocks], weights[:blocks], strict=True)):
             tokens = block(tokens + position, branches)
-            if index in OUTPUT_BLOCKS:
+            if index in joined:
                 outputs.append(self.norm(tokens)[-len(centres) :].float())
         return torch.cat(outputs, dim=1)
 

@@ -14,12 +14,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mmad_cli.errors import UsageError, unknown_name
+from mmad_cli.pseudo.config import PSEUDO_VERSION, Augmentation
 
 View = Literal["resize", "crop"]
-Input = Literal["rgb", "depth", "xyz"]
+Input = Literal["rgb", "depth", "relief", "normals", "render", "xyz"]
 XyzResize = Literal["floor", "center"]
 Normalisation = Literal["imagenet", "model", "none"]
 Precision = Literal["float32", "bfloat16"]
+
+PointNetworkName = Literal["point_mae", "point_bert", "builtin_points"]
 
 NETWORK_SIZE = 224
 
@@ -70,11 +73,15 @@ class TimmParams(_Params):
 
     `norm`: `imagenet` the ImageNet mean and standard deviation for every network (as M3DM and BTF do), `model` the
     network's own constants, `none` raw values. `precision` bfloat16 computes in bfloat16; features stay float32.
+
+    Of the cloud a network sees, by `input`: `depth` z in metres in three equal channels; `relief` the same, brought to
+    0 to 1 between the 1 % and 99 % quantiles of the scan; `normals` surface normals as colours; `render` 27 shaded
+    views, whose features are averaged over the points under each cell of a 56 x 56 grid (CPMF).
     """
 
     version: ClassVar[str] = "1"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "timm")
-    inputs: ClassVar[tuple[Input, ...]] = ("rgb", "depth")
+    inputs: ClassVar[tuple[Input, ...]] = ("rgb", "depth", "relief", "normals", "render")
     views: ClassVar[tuple[View, ...]] = ("resize", "crop")
 
     model: str = Field(min_length=1)
@@ -83,11 +90,15 @@ class TimmParams(_Params):
     size: int = Field(default=NETWORK_SIZE, ge=8)
     xyz_resize: XyzResize = "floor"
     precision: Precision = "float32"
+    # of a ViT, so many blocks are used; None: all
+    blocks: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _outputs_ascend(self) -> TimmParams:
         if self.outputs is not None and (not self.outputs or list(self.outputs) != sorted(set(self.outputs))):
             raise ValueError(f"outputs: expected distinct indices in ascending order, got {list(self.outputs)}")
+        if self.outputs is not None and self.blocks is not None:
+            raise ValueError("blocks: is for patch tokens; feature outputs are chosen with outputs")
         return self
 
     def weights_names(self) -> list[str]:
@@ -121,15 +132,16 @@ class PointParams(_Params):
 
     `point_bn`: `batch` normalises with the statistics of the sample, as the published code does by staying in
     training mode; `eval` with the stored ones. `point_droppath`: `on` draws stochastic depth as that mode does, seeded
-    by `droppath_seed` and the sample. `fps_skip_origin`: points within 3 cm of the sensor are no centres. `idw`:
-    interpolation distances as published (`expanded`, float32) or exact (`direct`). `precision` bfloat16 computes the
-    wide layers in bfloat16; features stay float32.
+    by `droppath_seed` and the sample. `fps_skip_origin`: points within 3 cm of the sensor are no centres. `fps_start`:
+    the first centre is the first point, or one drawn with `fps_seed` (CMDR-IAD). `idw`: interpolation distances as
+    published (`expanded`, float32) or exact (`direct`). `blocks`: transformer blocks that are used (CFM prunes them).
+    `precision` bfloat16 computes the wide layers in bfloat16; features stay float32.
     """
 
     version: ClassVar[str] = "1"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "scipy")
     inputs: ClassVar[tuple[Input, ...]] = ("xyz",)
-    network: ClassVar[Literal["point_mae", "point_bert"]]
+    network: ClassVar[PointNetworkName]
 
     groups: int = Field(default=1024, ge=3)
     group_size: int = Field(default=128, ge=1)
@@ -137,6 +149,9 @@ class PointParams(_Params):
     point_droppath: Literal["off", "on"] = "off"
     droppath_seed: int = Field(default=0, ge=0)
     fps_skip_origin: bool = True
+    fps_start: Literal["first", "random"] = "first"
+    fps_seed: int = Field(default=0, ge=0)
+    blocks: int = Field(default=12, ge=1, le=12)
     idw: Literal["expanded", "direct"] = "expanded"
     size: int = Field(default=NETWORK_SIZE, ge=8)
     xyz_resize: XyzResize = "floor"
@@ -145,10 +160,15 @@ class PointParams(_Params):
     @model_validator(mode="before")
     @classmethod
     def _seed_only_where_drawn(cls, data: Any) -> Any:
-        # nothing is drawn without stochastic depth, so a seed must not make two equal features differ
-        if isinstance(data, dict) and data.get("point_droppath", "off") == "off":
-            return {name: value for name, value in data.items() if name != "droppath_seed"}
-        return data
+        # where nothing is drawn a seed must not make two equal features differ
+        if not isinstance(data, dict):
+            return data
+        idle = set()
+        if data.get("point_droppath", "off") == "off":
+            idle.add("droppath_seed")
+        if data.get("fps_start", "first") == "first":
+            idle.add("fps_seed")
+        return {name: value for name, value in data.items() if name not in idle}
 
     def weights_names(self) -> list[str]:
         """The network is the name of its weights."""
@@ -156,22 +176,41 @@ class PointParams(_Params):
 
     def estimated_bytes(self) -> int:
         """Tokens and centres per group; pixel, neighbours and weights for every pixel, half of which have a point."""
-        return self.groups * (1152 + 3) * 4 + self.size * self.size * (4 + 3 * 2 + 3 * 4)
+        channels = 1152 if self.blocks in (4, 8, 12) else 384
+        return self.groups * (channels + 3) * 4 + self.size * self.size * (4 + 3 * 2 + 3 * 4)
 
 
 class PointMaeParams(PointParams):
     """Point-MAE (arXiv 2203.06604)."""
 
-    network: ClassVar[Literal["point_mae", "point_bert"]] = "point_mae"
+    network: ClassVar[PointNetworkName] = "point_mae"
 
 
 class PointBertParams(PointParams):
     """Point-BERT (arXiv 2111.14819)."""
 
-    network: ClassVar[Literal["point_mae", "point_bert"]] = "point_bert"
+    network: ClassVar[PointNetworkName] = "point_bert"
+
+
+class BuiltinPointsParams(PointParams):
+    """The built-in point network; what concerns transformers that were trained elsewhere has no effect on it."""
+
+    network: ClassVar[PointNetworkName] = "builtin_points"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_foreign_settings(cls, data: Any) -> Any:
+        # they change nothing, so they must not make two equal features differ
+        foreign = ("point_bn", "point_droppath", "droppath_seed", "blocks")
+        return {k: v for k, v in data.items() if k not in foreign} if isinstance(data, dict) else data
+
+    def estimated_bytes(self) -> int:
+        """As for the other point networks, with narrower tokens."""
+        return self.groups * (288 + 3) * 4 + self.size * self.size * (4 + 3 * 2 + 3 * 4)
 
 
 PARAMS: dict[str, type[_Params]] = {
+    "builtin_points": BuiltinPointsParams,
     "depth": DepthParams,
     "fpfh": FpfhParams,
     "point_bert": PointBertParams,
@@ -186,6 +225,9 @@ class FeatureSpec(BaseModel):
     backbone: a key of `PARAMS`. view: `resize` (the whole scan at network size) or `crop` (PatchCore's 256/224
     centre crop, RGB only). input: what the backbone reads. params: the backbone's settings; defaults are filled in,
     so `params` is always complete. An unknown backbone or setting is a `UsageError`.
+
+    augmentation: asks for the feature of a pseudo anomaly instead, made from the sample before the backbone sees it;
+    its mask comes with the arrays as `pseudo_mask`. Such features exist for training samples only.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -194,6 +236,7 @@ class FeatureSpec(BaseModel):
     view: View = "resize"
     input: Input
     params: dict[str, Any] = Field(default_factory=dict)
+    augmentation: Augmentation | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -234,12 +277,24 @@ class FeatureSpec(BaseModel):
 
     def canonical(self) -> dict[str, Any]:
         """JSON-able form that is the same for equal specs; every setting that changes a value is in it."""
-        return {
+        form: dict[str, Any] = {
             "backbone": self.backbone,
             "view": self.view,
             "input": self.input,
             "params": dict(sorted(self.params.items())),
         }
+        if self.augmentation is not None:
+            form["augmentation"] = self.augmentation.canonical()
+        return form
+
+    @property
+    def plain(self) -> FeatureSpec:
+        """The feature of the sample itself: what the backbone computes, pseudo anomaly or not."""
+        return self if self.augmentation is None else self.model_copy(update={"augmentation": None})
+
+    def augmented(self, augmentation: Augmentation) -> FeatureSpec:
+        """The same feature of a pseudo anomaly of the sample."""
+        return self.model_copy(update={"augmentation": augmentation})
 
     def weights_names(self) -> list[str]:
         """Names of the pretrained weights that the features depend on; empty for hand-made features."""
@@ -251,11 +306,13 @@ class FeatureSpec(BaseModel):
 
     def version(self) -> str:
         """Version of the backbone's own code; raised when the same settings give other values."""
-        return PARAMS[self.backbone].version
+        version = PARAMS[self.backbone].version
+        return version if self.augmentation is None else f"{version}, pseudo anomalies {PSEUDO_VERSION}"
 
     def libraries(self) -> tuple[str, ...]:
         """Packages whose versions may change the values, so they enter the store key."""
-        return PARAMS[self.backbone].libraries
+        libraries = PARAMS[self.backbone].libraries
+        return libraries if self.augmentation is None else (*libraries, "scipy", "pillow")
 
     @classmethod
     def fpfh(cls, **params: Any) -> FeatureSpec:
@@ -268,13 +325,13 @@ class FeatureSpec(BaseModel):
         return cls(backbone="depth", input="depth", params=params)
 
     @classmethod
-    def point(cls, network: Literal["point_mae", "point_bert"] = "point_mae", **params: Any) -> FeatureSpec:
+    def point(cls, network: PointNetworkName = "point_mae", **params: Any) -> FeatureSpec:
         """Tokens of a point transformer with M3DM's settings unless told otherwise."""
         return cls(backbone=network, input="xyz", params=params)
 
     @classmethod
     def timm(cls, model: str, *, input: Input = "rgb", view: View = "resize", **params: Any) -> FeatureSpec:
-        """Features of a timm network; depth is fed without normalisation unless told otherwise (BTF)."""
+        """Features of a timm network; metres are fed without normalisation unless told otherwise (BTF)."""
         if input == "depth":
             params.setdefault("norm", "none")
         return cls(backbone="timm", view=view, input=input, params={"model": model, **params})

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from mmad_cli.alignment.pooling import patches_from_points
 from mmad_cli.backbones._checkpoints import build_with, read_checkpoint
 from mmad_cli.backbones._timm import import_timm
 from mmad_cli.backbones.base import Features
+from mmad_cli.backbones.builtin import RGB, is_builtin
+from mmad_cli.backbones.cloud_images import normal_image, relief_image, sample_bilinear, shaded_views
 from mmad_cli.backbones.weights import WeightsRecord, resolve
-from mmad_cli.errors import UsageError, WeightsError
+from mmad_cli.errors import DataError, UsageError, WeightsError
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+RENDER_GRID = 56
 
 _BATCH_CPU = 8
 _BATCH_GPU = 32
@@ -47,6 +52,8 @@ class TimmBackbone:
 
     def extract(self, samples: Sequence[Sample]) -> list[Features]:
         """`out{i}` float32 (C, h, w) per chosen output, or `tokens` float32 (P, C) and `grid` int32 (2,)."""
+        if self.spec.input == "render":
+            return [self._rendered(sample) for sample in samples]
         # one by one on a CPU: as fast there, and a value never depends on which samples share a batch
         step = 1 if self._device.type == "cpu" else _BATCH_GPU
         features: list[Features] = []
@@ -71,7 +78,34 @@ class TimmBackbone:
         resized = to_network_size(sample, size=settings.size, xyz_resize=settings.xyz_resize)
         if self.spec.input == "rgb":
             return _scaled(resized.rgb)
+        if self.spec.input == "normals":
+            return normal_image(resized.xyz)
+        if self.spec.input == "relief":
+            return relief_image(resized.xyz)
         return np.repeat(resized.xyz[None, ..., 2], 3, axis=0)
+
+    def _rendered(self, sample: Sample) -> Features:
+        """Cells of a 56 x 56 grid: features of the points under them, averaged over all views and scaled to length 1.
+
+        A feature map is read bilinearly where a point lies in its view. Source: CPMF (arXiv 2303.13194), section 3.3.
+        """
+        from mmad_cli.preprocessing.resize import resize_xyz, valid_pixels
+
+        settings = self._settings
+        xyz = resize_xyz(sample.xyz, settings.size, settings.xyz_resize)
+        pixel = np.flatnonzero(valid_pixels(xyz))
+        if not len(pixel):
+            raise DataError(f"{sample.id}: no valid 3D points, so there is nothing to render; check its xyz file")
+        views = shaded_views(xyz)
+        total: Any = 0
+        for view in views:
+            features = self._forward(view.image[None])[0]
+            maps = [_as_map(features, name) for name in features if name != "grid"]
+            total = total + np.concatenate([sample_bilinear(one, view.at, settings.size) for one in maps], axis=1)
+        points = total / len(views)
+        points /= np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
+        tokens = patches_from_points(points, pixel, settings.size, RENDER_GRID)
+        return {"tokens": tokens, "grid": np.array([RENDER_GRID, RENDER_GRID], dtype=np.int32)}
 
     def _forward(self, images: FloatArray) -> list[Features]:
         import torch
@@ -98,6 +132,14 @@ class TimmBackbone:
         return [{"tokens": np.ascontiguousarray(of_sample), "grid": grid.copy()} for of_sample in tokens]
 
 
+def _as_map(features: Features, name: str) -> FloatArray:
+    """A feature map (C, h, w), from tokens too."""
+    if name != "tokens":
+        return features[name]
+    height, width = (int(side) for side in features["grid"])
+    return np.ascontiguousarray(features[name].T).reshape(-1, height, width)
+
+
 def output_shapes(settings: TimmParams) -> dict[str, tuple[int, ...]]:
     """Shapes of the arrays per sample, from the architecture alone (no weights needed)."""
     import torch
@@ -119,10 +161,24 @@ def _load(settings: TimmParams, record: WeightsRecord) -> torch.nn.Module:
             f"{record.name}: the imported file reaches output {record.outputs} only, {wanted} asked for; "
             f"choose outputs up to {record.outputs}, or import the complete file"
         )
-    return build_with(lambda: _architecture(settings), read_checkpoint(record.path).content, str(record.path))
+    network = build_with(lambda: _architecture(settings), read_checkpoint(record.path).content, str(record.path))
+    return _pruned(network, settings)
+
+
+def _pruned(network: torch.nn.Module, settings: TimmParams) -> torch.nn.Module:
+    """The network with its first blocks only; the final normalisation stays."""
+    if settings.blocks is None:
+        return network
+    blocks = cast("Any", network).blocks
+    if settings.blocks > len(blocks):
+        raise UsageError(f"blocks: {settings.model} has {len(blocks)}, got {settings.blocks}")
+    cast("Any", network).blocks = blocks[: settings.blocks]
+    return network
 
 
 def _architecture(settings: TimmParams) -> torch.nn.Module:
+    if is_builtin(settings.model):
+        return _builtin(settings)
     timm = import_timm()
     if settings.outputs is not None:
         return cast("torch.nn.Module", _with_outputs(timm, settings))
@@ -133,6 +189,20 @@ def _architecture(settings: TimmParams) -> torch.nn.Module:
         network = _of_free_size(timm, settings)
         _grid(network, settings)
     return cast("torch.nn.Module", network)
+
+
+def _builtin(settings: TimmParams) -> torch.nn.Module:
+    from mmad_cli.backbones.builtin.rgb import WIDTHS, RgbNetwork
+
+    if settings.model != RGB:
+        raise UsageError(f"{settings.model}: is a network for points, images take {RGB}")
+    if settings.blocks is not None:
+        raise UsageError(f"blocks: {settings.model} has no transformer blocks, got {settings.blocks}")
+    if settings.outputs is not None and settings.outputs[-1] >= len(WIDTHS):
+        raise UsageError(f"{settings.model}: has outputs 0 to {len(WIDTHS) - 1}, got {list(settings.outputs)}")
+    network = RgbNetwork(settings.outputs or ())
+    _grid(network, settings)
+    return network
 
 
 def _of_free_size(timm: Any, settings: TimmParams) -> Any:
@@ -169,7 +239,7 @@ def _constants(settings: TimmParams) -> tuple[torch.Tensor, torch.Tensor]:
 
     if settings.norm == "none":
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    elif settings.norm == "imagenet":
+    elif settings.norm == "imagenet" or is_builtin(settings.model):
         mean, std = IMAGENET_MEAN, IMAGENET_STD
     else:
         config = import_timm().get_pretrained_cfg(settings.model)

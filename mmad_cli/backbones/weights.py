@@ -23,13 +23,14 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mmad_cli.backbones.builtin import is_builtin
 from mmad_cli.errors import WeightsError
 
 if TYPE_CHECKING:
     from mmad_cli.backbones._checkpoints import FittedTensors
     from mmad_cli.backbones._download import Progress
 
-Kind = Literal["timm", "point_mae", "point_bert", "m3dm_uff"]
+Kind = Literal["timm", "point_mae", "point_bert", "m3dm_uff", "builtin_rgb", "builtin_points"]
 State = Literal["ready", "missing", "damaged"]
 
 ENVIRONMENT_VARIABLE = "MMAD_WEIGHTS"
@@ -143,6 +144,8 @@ def resolve(name: str) -> WeightsRecord:
     """
     folder = _folder(name)
     if not (folder / RECORD_FILE).exists():
+        if is_builtin(name):
+            return _shipped(name)
         found = next((folder / f.filename for f in entry(name).files if (folder / f.filename).is_file()), None)
         if found is None:
             raise _missing(entry(name))
@@ -270,14 +273,42 @@ def _install(
     return record
 
 
+def _shipped(name: str, digests: bool = False) -> WeightsRecord:
+    """The weights that the package carries under this name."""
+    from mmad_cli.backbones.builtin import HERE, card
+
+    known, facts = entry(name), card()["networks"][name]
+    path = HERE / facts["file"]
+    size = path.stat().st_size if path.is_file() else 0
+    if size != facts["bytes"] or (digests and _sha256(path) != facts["sha256"]):
+        raise WeightsError(f"{name}: {path} is missing or damaged; install mmad-cli again")
+    return WeightsRecord(
+        name=name,
+        kind=known.kind,
+        file=facts["file"],
+        bytes=facts["bytes"],
+        sha256=facts["sha256"],
+        stored_sha256=facts["sha256"],
+        source=f"package:{facts['file']}",
+        official=False,
+        imported_from=None,
+        tensors=facts["tensors"],
+        outputs=None,
+        created=facts["created"],
+        folder=HERE,
+    )
+
+
 def _fit(known: WeightsEntry, tensors: dict[str, Any], path: Path) -> FittedTensors:
     from mmad_cli.backbones._checkpoints import fit_timm
-    from mmad_cli.backbones._point_checkpoints import fit_point, fit_uff
+    from mmad_cli.backbones._point_checkpoints import fit_builtin, fit_point, fit_uff
 
     if known.kind == "timm":
         return fit_timm(known.name, tensors, path)
     if known.kind == "m3dm_uff":
         return fit_uff(tensors, path)
+    if known.kind in ("builtin_rgb", "builtin_points"):
+        return fit_builtin(known.kind, tensors, path)
     return fit_point(known.kind, tensors, path)
 
 
@@ -289,6 +320,8 @@ def _replace(new: Path, final: Path) -> None:
 
 def _status(name: str, digests: bool = False) -> WeightsStatus:
     folder = _folder(name)
+    if is_builtin(name) and not (folder / RECORD_FILE).exists():
+        return _shipped_status(name, digests)
     if not (folder / RECORD_FILE).exists():
         known = entry(name)
         return WeightsStatus(name, known.kind, "missing", known.description, known.licence, folder)
@@ -301,6 +334,17 @@ def _status(name: str, digests: bool = False) -> WeightsStatus:
     except WeightsError as error:
         return WeightsStatus(name, kind, "damaged", description, licence, folder, problem=str(error))
     return WeightsStatus(name, record.kind, "ready", description, licence, folder, record)
+
+
+def _shipped_status(name: str, digests: bool) -> WeightsStatus:
+    from mmad_cli.backbones.builtin import HERE
+
+    known = entry(name)
+    try:
+        record = _shipped(name, digests)
+    except WeightsError as error:
+        return WeightsStatus(name, known.kind, "damaged", known.description, known.licence, HERE, problem=str(error))
+    return WeightsStatus(name, known.kind, "ready", known.description, known.licence, HERE, record)
 
 
 def _checked_record(name: str, digests: bool = False) -> WeightsRecord:
@@ -344,6 +388,10 @@ def _how_to_get(known: WeightsEntry) -> str:
     lines.append(f"  or, from a file:    mmad weights import {known.name} FILE")
     if known.files:
         lines.append(f"  or put the file in: {_folder(known.name)}")
+    if not is_builtin(known.name):
+        lines.append(
+            "  or do without it:   --backbones builtin (small networks that come with mmad; not for comparison)"
+        )
     return "\n".join(lines)
 
 
@@ -517,6 +565,16 @@ _KNOWN: dict[str, WeightsEntry] = {
             (WeightsFile("https://cloud.tsinghua.edu.cn/f/202b29805eea45d7be92/?dl=1", "Point-BERT.pth"),),
             "see github.com/lulutang0608/Point-BERT",
             "Point-BERT, ShapeNet pre-training",
+        ),
+        WeightsEntry(
+            "builtin_rgb", "builtin_rgb", (), "apache-2.0", "built-in RGB network; comes with mmad, --backbones builtin"
+        ),
+        WeightsEntry(
+            "builtin_points",
+            "builtin_points",
+            (),
+            "apache-2.0",
+            "built-in point network; comes with mmad, --backbones builtin",
         ),
         WeightsEntry(
             "m3dm_uff",

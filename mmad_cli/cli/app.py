@@ -18,7 +18,9 @@ from mmad_cli.cli import (
     listing,
     preprocess,
     report,
+    show,
     synth,
+    synth_preview,
     weights,
 )
 from mmad_cli.cli.console import accept_all_characters, print_err, print_out
@@ -44,12 +46,14 @@ app = typer.Typer(
     ),
 )
 app.command("synth")(synth.synth)
+app.command("synth-preview")(synth_preview.synth_preview)
 app.command("check")(check.check)
 app.command("preprocess")(preprocess.preprocess)
 app.command("extract")(extract.extract)
 app.command("fit")(fit.fit)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(report.report)
+app.command("show")(show.show)
 app.add_typer(listing.app, name="list")
 app.add_typer(weights.app, name="weights")
 app.add_typer(cache.app, name="cache")

@@ -10,7 +10,9 @@ import typer
 
 from mmad_cli.cli.console import ConsoleReporter, print_err, print_json, print_out, print_rich
 from mmad_cli.cli.options import (
+    Backbones,
     Categories,
+    Checkpoints,
     Debris,
     Device,
     Force,
@@ -58,6 +60,8 @@ def evaluate(
         ),
     ] = None,
     recipe: Recipe = "official",
+    backbones: Backbones = "paper",
+    checkpoints: Checkpoints = None,
     settings: Settings = None,
     protocol: Protocol = None,
     category: Categories = None,
@@ -96,6 +100,8 @@ def evaluate(
 
     Example: mmad evaluate --method btf --variant fpfh --category biscuit
 
+    Example: mmad evaluate --method m3dm --backbones builtin
+
     Example: mmad evaluate --method btf --variant fpfh --shots 5 --seed 0 --seed 1 --seed 2
     """
     from mmad_cli.methods import parse_settings
@@ -114,6 +120,7 @@ def evaluate(
                 method=chosen.method,
                 variant=chosen.variant,
                 recipe=recipe,
+                backbones=backbones,
                 settings=parse_settings(settings or []),
                 protocol=protocol,
                 preprocessing=preprocessing_settings(rgb_background, debris),
@@ -122,6 +129,7 @@ def evaluate(
                 full_resolution=full_resolution,
                 force=force,
                 out=_out(out, chosen, combinations),
+                checkpoints=checkpoints,
                 argv=["mmad", *sys.argv[1:]],
             )
             for chosen in combinations

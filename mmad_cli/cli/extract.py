@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mmad_cli.cli.options import (
+    Backbones,
     Categories,
     Data,
     Debris,
@@ -41,6 +42,7 @@ def extract(
     ] = None,
     variant: Variant = None,
     recipe: Recipe = "official",
+    backbones: Backbones = "paper",
     settings: Settings = None,
     protocol: Protocol = None,
     category: Categories = None,
@@ -64,16 +66,19 @@ def extract(
     from mmad_cli.methods import build, build_config, get_method, parse_settings
     from mmad_cli.stages import pipeline
     from mmad_cli.stages.plan import Selection
-    from mmad_cli.stages.request import preprocess_config
+    from mmad_cli.stages.request import backbone_settings, preprocess_config
 
     if (method is None) == (backbone is None):
         raise UsageError("give either --method or --backbone")
     values = parse_settings(settings or [])
     if method is not None:
         definition = get_method(method)
+        values = {**backbone_settings(definition, backbones), **values}
         specs = build(definition, build_config(definition, variant, recipe, values)).features()
         default_protocol: str = definition.protocol
     else:
+        if backbones != "paper":
+            raise UsageError("--backbones: chooses the networks of a method; with --backbone name the network itself")
         specs = {str(backbone): pipeline.backbone_spec(str(backbone), values)}
         default_protocol = "m3dm"
     preprocessing = preprocess_config(protocol or default_protocol, preprocessing_settings(rgb_background, debris))

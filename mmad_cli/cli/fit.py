@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mmad_cli.cli.options import (
+    Backbones,
     Categories,
+    Checkpoints,
     Data,
     Debris,
     Device,
@@ -33,6 +36,7 @@ def fit(
     method: Annotated[str, typer.Option("--method", help="A method; see `mmad list methods`.")],
     variant: Variant = None,
     recipe: Recipe = "official",
+    backbones: Backbones = "paper",
     settings: Settings = None,
     protocol: Protocol = None,
     category: Categories = None,
@@ -45,11 +49,18 @@ def fit(
     workers: Workers = None,
     store: StoreOption = None,
     force: Force = False,
+    checkpoints: Checkpoints = None,
+    export: Annotated[
+        Path | None,
+        typer.Option("--export", help="Also write the fitted states here, a folder per category.", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> int:
     """Fit a method on the training samples of each category and keep the fitted state in the store.
 
     Example: mmad fit data/mvtec3d --method btf --variant fpfh
+
+    Example: mmad fit data/mvtec3d --method cfm --export checkpoints/cfm
     """
     from mmad_cli.cli.console import ConsoleReporter
     from mmad_cli.cli.preprocess import show_outcomes
@@ -63,11 +74,14 @@ def fit(
         method=method,
         variant=variant,
         recipe=recipe,
+        backbones=backbones,
         settings=parse_settings(settings or []),
         protocol=protocol,
         preprocessing=preprocessing_settings(rgb_background, debris),
         selection=Selection(tuple(category or ()), shots=shots, limit=limit, seed=seed),
         force=force,
+        checkpoints=checkpoints,
+        export=export,
     )
     with ConsoleReporter() as reporter, open_session(reporter, store, workers, device) as session:
         outcomes = pipeline.fit(session, request)

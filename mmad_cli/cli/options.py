@@ -51,6 +51,21 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
+Checkpoints = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoints",
+        help="Fitted states to use instead of fitting, a folder per category, as `mmad fit --export` writes them.",
+        show_default=False,
+    ),
+]
+Backbones = Annotated[
+    str,
+    typer.Option(
+        "--backbones",
+        help="paper (the published networks) or builtin (small ones that come with mmad; not for comparison).",
+    ),
+]
 Recipe = Annotated[
     str,
     typer.Option(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         greedy_coreset,
         random_coreset,
     )
+    from mmad_cli.memory.expansion import expanded_distances
     from mmad_cli.memory.projection import dense_projection, project, projected_dimension, sparse_projection
     from mmad_cli.memory.scoring import patch_distances, reweighted_score
     from mmad_cli.memory.search import FlatIndex
@@ -28,6 +29,7 @@ __all__ = [
     "approximate_greedy_coreset",
     "covering_radius",
     "dense_projection",
+    "expanded_distances",
     "greedy_certificate",
     "greedy_coreset",
     "patch_distances",
@@ -46,6 +48,7 @@ _MODULE_OF = {
     "approximate_greedy_coreset": "coreset",
     "covering_radius": "coreset",
     "dense_projection": "projection",
+    "expanded_distances": "expansion",
     "greedy_certificate": "coreset",
     "greedy_coreset": "coreset",
     "patch_distances": "scoring",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmad_cli.memory.expansion import squared_norms
 from mmad_cli.types import FloatArray, IndexArray
 
 if TYPE_CHECKING:
@@ -53,6 +55,11 @@ class FlatIndex:
     def n_channels(self) -> int:
         """Width of the rows."""
         return int(self.rows.shape[1])
+
+    @cached_property
+    def squared_norms(self) -> FloatArray:
+        """Squared lengths of the rows, float32 (M,)."""
+        return squared_norms(self.rows)
 
     def nearest(self, queries: NDArray[Any], k: int = 1) -> tuple[FloatArray, IndexArray]:
         """Distances (n, k), float32, L2 and not squared, and row indices (n, k), int64, nearest first.

@@ -7,7 +7,7 @@ knows no dataset, and takes its seed as an argument.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -191,7 +191,8 @@ class MethodDefinition:
 
     `recipes` maps a recipe to the switches in which it departs from the configuration's defaults; `variants` maps a
     variant to one line about it. `version` is raised whenever results change. `protocol` is the preprocessing that
-    the published numbers were made with, `other_protocols` are those of further published numbers.
+    the published numbers were made with, `other_protocols` are those of further published numbers. `builtin` holds the
+    switches that run the method on the built-in backbones, beyond `rgb_backbone` and `point_backbone` themselves.
     """
 
     name: str
@@ -208,6 +209,7 @@ class MethodDefinition:
     libraries: tuple[str, ...] = ("numpy",)
     notes: tuple[str, ...] = ()
     other_protocols: tuple[str, ...] = ()
+    builtin: Mapping[str, Any] = field(default_factory=dict)
 
 
 def as_float32(array: NDArray[Any]) -> FloatArray:

@@ -82,7 +82,7 @@ def make_features(specs: Mapping[str, FeatureSpec], sample_id: str) -> dict[str,
 
     timm outputs (6 channels each, grid as of a network with stride 2 per stage), timm tokens (28 x 28, 6
     channels), FPFH of a disc of points, a Z image of the same disc, tokens of 64 point groups on the same disc
-    (6 channels). Raises ValueError for another backbone.
+    (6 channels); features of pseudo anomalies with the mask of a smaller disc. Raises ValueError for another backbone.
     """
     random = np.random.default_rng(zlib.crc32(sample_id.encode()))
     return {name: _arrays(spec, random) for name, spec in sorted(specs.items())}
@@ -153,6 +153,9 @@ class _Bench:
 
     def samples(self, split: str, count: int) -> list[GeneratedSample]:
         specs = self.built().features()
+        if split != "train":
+            # the stages make pseudo anomalies of training samples only
+            specs = {name: spec for name, spec in specs.items() if spec.augmentation is None}
         return [generated_sample(specs, f"{split}/good/{i:03d}", self.make) for i in range(count)]
 
     def train(self, count: int = TRAIN_COUNT) -> GeneratedFeatures:
@@ -291,11 +294,12 @@ def check_no_training_image(bench: _Bench) -> None:
 
 def check_missing_modality(bench: _Bench) -> None:
     """A sample without one of the features is a DataError that names the sample, in fit and in predict."""
-    for feature in bench.unfitted().features():
-        sample = bench.test()[0]
+    for feature, spec in bench.unfitted().features().items():
+        sample = bench.samples("train", TRAIN_COUNT + 1)[-1]
         partial = GeneratedSample(sample.id, {k: v for k, v in sample.arrays.items() if k != feature})
         what = f"without feature {feature!r}"
-        _expect_data_error(bench, partial, what, bench.fitted().predict)
+        if spec.augmentation is None:
+            _expect_data_error(bench, partial, what, bench.fitted().predict)
         _expect_data_error(bench, partial, what, bench.fit_with)
 
 
@@ -378,6 +382,14 @@ def _expect_data_error(
 
 
 def _arrays(spec: FeatureSpec, random: np.random.Generator) -> Arrays:
+    if spec.augmentation is None:
+        return _plain_arrays(spec, random)
+    from mmad_cli.pseudo import PSEUDO_MASK
+
+    return {**_plain_arrays(spec, random), PSEUDO_MASK: _disc(MAP_SIZE / 16)}
+
+
+def _plain_arrays(spec: FeatureSpec, random: np.random.Generator) -> Arrays:
     if spec.backbone == "timm":
         outputs = spec.params["outputs"]
         return _tokens(random) if outputs is None else {f"out{i}": _output(i, random) for i in outputs}
@@ -385,8 +397,8 @@ def _arrays(spec: FeatureSpec, random: np.random.Generator) -> Arrays:
         return _histograms(random)
     if spec.backbone == "depth":
         return {"z": _depth(random)}
-    if spec.backbone in ("point_mae", "point_bert"):
-        return _point_tokens(random)
+    if spec.backbone in ("point_mae", "point_bert", "builtin_points"):
+        return _point_tokens(random, spec.params["size"])
     raise ValueError(f"no generated features for backbone {spec.backbone!r}; hand in make_features")
 
 
@@ -400,9 +412,9 @@ def _tokens(random: np.random.Generator) -> Arrays:
     return {"tokens": tokens, "grid": np.array([28, 28], dtype=np.int32)}
 
 
-def _disc() -> NDArray[np.bool_]:
-    y, x = np.mgrid[:MAP_SIZE, :MAP_SIZE] - MAP_SIZE / 2
-    inside: NDArray[np.bool_] = x * x + y * y < (MAP_SIZE / 4) ** 2
+def _disc(radius: float = MAP_SIZE / 4, size: int = MAP_SIZE) -> NDArray[np.bool_]:
+    y, x = np.mgrid[:size, :size] - size / 2
+    inside: NDArray[np.bool_] = x * x + y * y < radius**2
     return inside
 
 
@@ -414,11 +426,11 @@ def _histograms(random: np.random.Generator) -> Arrays:
     return {"points": points.astype(np.float32), "pixel": pixel}
 
 
-def _point_tokens(random: np.random.Generator) -> Arrays:
+def _point_tokens(random: np.random.Generator, size: int) -> Arrays:
     from mmad_cli.alignment.interpolation import nearest_centres
 
-    pixel = np.flatnonzero(_disc()).astype(np.int32)
-    points = np.stack([pixel % MAP_SIZE, pixel // MAP_SIZE, random.normal(500, 1, len(pixel))], axis=1) * 1e-3
+    pixel = np.flatnonzero(_disc(size / 4, size)).astype(np.int32)
+    points = np.stack([pixel % size, pixel // size, random.normal(500, 1, len(pixel))], axis=1) * 1e-3
     centres = random.choice(points, TINY_GROUPS, replace=False)
     neighbours, weights = nearest_centres(points, centres)
     return {

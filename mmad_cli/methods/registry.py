@@ -18,7 +18,10 @@ ENTRY_POINT_GROUP = "mmad.methods"
 _BUILT_IN = {
     "btf": "mmad_cli.methods.btf:DEFINITION",
     "cfm": "mmad_cli.methods.cfm:DEFINITION",
+    "cmdr_iad": "mmad_cli.methods.cmdr_iad.method:DEFINITION",
+    "g2sf": "mmad_cli.methods.g2sf.method:DEFINITION",
     "m3dm": "mmad_cli.methods.m3dm.method:DEFINITION",
+    "mafr": "mmad_cli.methods.mafr.method:DEFINITION",
     "patchcore": "mmad_cli.methods.patchcore:DEFINITION",
 }
 

@@ -9,18 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from mmad_cli.errors import unknown_name
+from mmad_cli.errors import UsageError, unknown_name
 from mmad_cli.reports.data import render_csv, render_json
 from mmad_cli.reports.document import Document, build_document
+from mmad_cli.reports.junit import render_junit
 from mmad_cli.reports.latex import render_latex
+from mmad_cli.reports.leaderboard import leaderboard_csv, leaderboard_document, leaderboard_json
 from mmad_cli.reports.markdown import render_markdown
 from mmad_cli.results.compare import Comparison
+from mmad_cli.results.leaderboard import Leaderboard
 from mmad_cli.results.schema import RunResult
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["FORMATS", "render", "render_rich"]
+__all__ = ["FORMATS", "JUNIT", "render", "render_leaderboards", "render_leaderboards_rich", "render_rich"]
 
 
 def _render_table(document: Document) -> str:
@@ -40,6 +43,8 @@ _DATA: Mapping[str, Callable[[Sequence[RunResult], Sequence[str] | None, Sequenc
 }
 
 FORMATS = (*_TABLES, *_DATA)
+# Of comparisons only
+JUNIT = "junit"
 
 
 def render(
@@ -53,14 +58,18 @@ def render(
     One run gives a table of its categories, several runs give tables with one row per run; comparisons follow.
     Runs that differ in nothing but their seed get one more table, of mean and standard deviation over the seeds.
     `csv` is tidy, one number per line: of the runs, or, where there are comparisons, of these. `json` holds the
-    runs and comparisons whole, and the spread over seeds.
+    runs and comparisons whole, and the spread over seeds. `junit` is XML of the comparisons alone.
 
-    Raises UsageError for an unknown format or metric.
+    Raises UsageError for an unknown format or metric, and for `junit` without a comparison.
     """
+    if format == JUNIT:
+        if not comparisons:
+            raise UsageError("--format junit: needs --against: its test cases are the compared numbers")
+        return render_junit(comparisons)
     if format in _DATA:
         return _DATA[format](runs, metrics, comparisons)
     if format not in _TABLES:
-        raise unknown_name("format", format, FORMATS, "--format")
+        raise unknown_name("format", format, (*FORMATS, JUNIT), "--format")
     return _TABLES[format](build_document(runs, metrics, comparisons))
 
 
@@ -73,3 +82,23 @@ def render_rich(
     from mmad_cli.reports.table import table_renderable
 
     return table_renderable(build_document(runs, metrics, comparisons))
+
+
+def render_leaderboards(boards: Sequence[Leaderboard], format: str) -> str:
+    """Text of leaderboards, with a newline at its end; `csv` has one number per line.
+
+    Raises UsageError for a format that has no leaderboards.
+    """
+    data = {"csv": leaderboard_csv, "json": leaderboard_json}
+    if format in data:
+        return data[format](boards)
+    if format not in _TABLES:
+        raise UsageError(f"--format {format}: not for --leaderboard, which has {', '.join([*_TABLES, *data])}")
+    return _TABLES[format](leaderboard_document(boards))
+
+
+def render_leaderboards_rich(boards: Sequence[Leaderboard]) -> RenderableType:
+    """Leaderboards as a rich renderable."""
+    from mmad_cli.reports.table import table_renderable
+
+    return table_renderable(leaderboard_document(boards))

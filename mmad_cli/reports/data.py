@@ -46,9 +46,9 @@ def render_csv(runs: Sequence[RunResult], metrics: Sequence[str] | None, compari
     of one run: mean and spread over seeds are not in here, the JSON has them.
     """
     if comparisons:
-        return _csv(COMPARISON_COLUMNS, [_fields(c, row) for c in comparisons for row in c.rows])
+        return csv_text(COMPARISON_COLUMNS, [_fields(c, row) for c in comparisons for row in c.rows])
     keys = choose_metrics(runs, metrics) if metrics else _all_metrics(runs)
-    return _csv(RUN_COLUMNS, [line for run in runs for line in _run_lines(run, keys)])
+    return csv_text(RUN_COLUMNS, [line for run in runs for line in _run_lines(run, keys)])
 
 
 def render_json(runs: Sequence[RunResult], metrics: Sequence[str] | None, comparisons: Sequence[Comparison]) -> str:
@@ -67,7 +67,8 @@ def render_json(runs: Sequence[RunResult], metrics: Sequence[str] | None, compar
     return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def csv_text(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Lines of a CSV file, the first of which names the columns."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([columns, *rows])
@@ -84,10 +85,11 @@ def _run_lines(run: RunResult, metrics: Sequence[str]) -> Iterator[tuple[Any, ..
     tables = [(name, result.metrics) for name, result in run.categories.items()] + [(MEAN, run.mean)]
     for name, values in tables:
         for metric in metrics:
-            yield (*head, name, metric, _exact(values.get(metric)), str(run.comparable).lower())
+            yield (*head, name, metric, exact(values.get(metric)), str(run.comparable).lower())
 
 
-def _exact(value: float | None) -> str:
+def exact(value: float | None) -> str:
+    """A number that reads back as the same one; empty for none."""
     return "" if value is None else repr(value)
 
 
@@ -97,10 +99,10 @@ def _fields(comparison: Comparison, row: ComparisonRow) -> tuple[Any, ...]:
         comparison.reference.name,
         row.category,
         row.metric,
-        _exact(row.obtained),
-        _exact(row.expected),
-        _exact(row.difference),
-        _exact(row.tolerance),
+        exact(row.obtained),
+        exact(row.expected),
+        exact(row.difference),
+        exact(row.tolerance),
         row.status,
         row.note,
     )

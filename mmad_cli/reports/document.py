@@ -19,12 +19,13 @@ Tone = Literal["plain", "good", "bad", "warn"]
 
 @dataclass(frozen=True)
 class Cell:
-    """Text of one cell; `mark` refers to a note."""
+    """Text of one cell; `mark` refers to a note, `detail` stands below the text where a format has room for it."""
 
     text: str
     bold: bool = False
     mark: str = ""
     tone: Tone = "plain"
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,17 @@ class Document:
 
 
 @dataclass
-class _Notes:
+class Notes:
     """Notes below a table; one text gets one mark, however often it is used."""
 
     marks: dict[str, str] = field(default_factory=dict)
 
     def mark(self, text: str) -> str:
+        """The mark that stands for a text."""
         return self.marks.setdefault(text, str(len(self.marks) + 1))
 
     def lines(self) -> tuple[str, ...]:
+        """The notes, each after its mark."""
         return tuple(f"({mark}) {text}" for text, mark in self.marks.items())
 
 
@@ -105,17 +108,18 @@ def _by_dataset(runs: Sequence[RunResult]) -> list[list[RunResult]]:
     return list(groups.values())
 
 
-def _number(value: float) -> str:
+def format_number(value: float) -> str:
+    """Three decimals, as print has them."""
     return f"{value:.3f}"
 
 
-def _value_cell(value: float | None, reason: str, notes: _Notes, note: str = "") -> Cell:
+def _value_cell(value: float | None, reason: str, notes: Notes, note: str = "") -> Cell:
     if value is None:
         return Cell(NOT_AVAILABLE, mark=notes.mark(reason))
-    return Cell(_number(value), mark=notes.mark(note) if note else "")
+    return Cell(format_number(value), mark=notes.mark(note) if note else "")
 
 
-def _category_cell(result: CategoryResult | None, metric: str, notes: _Notes) -> Cell:
+def _category_cell(result: CategoryResult | None, metric: str, notes: Notes) -> Cell:
     """Value of one category, or why there is none."""
     if result is not None and result.status == "failed":
         return Cell("failed", mark=notes.mark(_absence(result, metric)), tone="bad")
@@ -132,7 +136,7 @@ def _absence(result: CategoryResult | None, metric: str) -> str:
     return result.metrics_null_reasons.get(metric, "not computed by the run")
 
 
-def _mean_cell(run: RunResult, metric: str, notes: _Notes) -> Cell:
+def _mean_cell(run: RunResult, metric: str, notes: Notes) -> Cell:
     note = run.mean_notes.get(metric, "")
     return _value_cell(run.mean.get(metric), note or "no category has a value", notes, note)
 
@@ -162,7 +166,7 @@ def _unfinished(missing: Sequence[str]) -> tuple[str, ...]:
 
 def _run_section(run: RunResult, metrics: Sequence[str]) -> Section:
     """One run: a row per category, then the mean."""
-    notes = _Notes()
+    notes = Notes()
     rows = [
         (Cell(name), *(_category_cell(result, metric, notes) for metric in metrics))
         for name, result in run.categories.items()
@@ -221,7 +225,7 @@ def _means_section(
     title: str,
     warnings: tuple[str, ...],
 ) -> Section:
-    notes = _Notes()
+    notes = Notes()
     columns = []
     for metric in metrics:
         cells = [_group_mean_cell(run, metric, categories, notes) for run in runs]
@@ -243,7 +247,7 @@ def _metric_section(
     title: str,
     warnings: tuple[str, ...],
 ) -> Section:
-    notes = _Notes()
+    notes = Notes()
     columns = []
     for name in names:
         results = [run.categories.get(name) for run in runs]
@@ -266,7 +270,7 @@ def _mean_count(run: RunResult, metric: str) -> int:
     return sum(r.status == "ok" and r.metrics.get(metric) is not None for r in run.categories.values())
 
 
-def _group_mean_cell(run: RunResult, metric: str, categories: int, notes: _Notes) -> Cell:
+def _group_mean_cell(run: RunResult, metric: str, categories: int, notes: Notes) -> Cell:
     count = _mean_count(run, metric)
     if run.mean.get(metric) is None or run.mean_notes.get(metric) or count == categories:
         return _mean_cell(run, metric, notes)
@@ -281,7 +285,7 @@ def _full_means(runs: Sequence[RunResult], metric: str, categories: int) -> list
 
 def _with_best(cells: Sequence[Cell], values: Sequence[float | None], metric: str) -> list[Cell]:
     """Cells with the best value in bold; equal as printed counts as equal, a single value is not a best."""
-    printed = [None if value is None else _number(value) for value in values]
+    printed = [None if value is None else format_number(value) for value in values]
     defined = [text for text in printed if text is not None]
     if len(defined) < 2:
         return list(cells)
@@ -294,7 +298,7 @@ def _with_best(cells: Sequence[Cell], values: Sequence[float | None], metric: st
 
 def _seeds_section(group: SeedGroup, metrics: Sequence[str]) -> Section:
     """Mean and standard deviation over the seeds: a row per category, then the mean over categories."""
-    notes = _Notes()
+    notes = Notes()
     rows = [(Cell(name), *(_seeds_cell(group, name, metric, notes) for metric in metrics)) for name in group.categories]
     mean = (Cell("mean"), *(_seeds_mean_cell(group, metric, notes) for metric in metrics))
     first = group.runs[0]
@@ -317,7 +321,7 @@ def _seeds_text(seeds: Sequence[int]) -> str:
     return f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
 
 
-def _seeds_cell(group: SeedGroup, category: str, metric: str, notes: _Notes) -> Cell:
+def _seeds_cell(group: SeedGroup, category: str, metric: str, notes: Notes) -> Cell:
     results = [run.categories.get(category) for run in group.runs]
     if all(result is not None and result.status == "failed" for result in results):
         return Cell("failed", mark=notes.mark(_lost_seeds(group, Spread(), category, metric)), tone="bad")
@@ -337,7 +341,7 @@ def _lost_seeds(group: SeedGroup, spread: Spread, category: str, metric: str) ->
     return f"over {spread.count} of {len(group.seeds)} seeds; {'; '.join(texts)}"
 
 
-def _seeds_mean_cell(group: SeedGroup, metric: str, notes: _Notes) -> Cell:
+def _seeds_mean_cell(group: SeedGroup, metric: str, notes: Notes) -> Cell:
     spread = group.mean.get(metric, Spread())
     texts = []
     left_out = [seed for seed in group.seeds if seed not in spread.values]
@@ -349,11 +353,11 @@ def _seeds_mean_cell(group: SeedGroup, metric: str, notes: _Notes) -> Cell:
     return _spread_cell(spread, notes, "; ".join(texts))
 
 
-def _spread_cell(spread: Spread, notes: _Notes, note: str) -> Cell:
+def _spread_cell(spread: Spread, notes: Notes, note: str) -> Cell:
     """`mean ± standard deviation`; a single value stands alone, and its note says that it is one."""
     if spread.mean is None or spread.std is None:
         return _value_cell(spread.mean, note or "no category has a value", notes, note)
-    text = f"{_number(spread.mean)} ± {_number(spread.std)}"
+    text = f"{format_number(spread.mean)} ± {format_number(spread.std)}"
     return Cell(text, mark=notes.mark(note) if note else "")
 
 
@@ -362,7 +366,7 @@ _TONES: Mapping[str, Tone] = {"ok": "good", "out": "bad", "missing": "warn"}
 
 def _comparison_section(comparison: Comparison) -> Section:
     """Obtained against expected, changed ones first."""
-    notes = _Notes()
+    notes = Notes()
     rows = tuple(_comparison_cells(row, notes) for row in comparison.rows)
     counts = {"out of tolerance": "out", "missing": "missing", "within tolerance": "ok"}
     summary = ", ".join(
@@ -385,7 +389,7 @@ def _comparison_section(comparison: Comparison) -> Section:
     )
 
 
-def _comparison_cells(row: ComparisonRow, notes: _Notes) -> tuple[Cell, ...]:
+def _comparison_cells(row: ComparisonRow, notes: Notes) -> tuple[Cell, ...]:
     obtained = NOT_AVAILABLE if row.obtained is None else f"{row.obtained:.4f}"
     difference = NOT_AVAILABLE if row.difference is None else f"{row.difference:+.4f}"
     return (

@@ -47,4 +47,5 @@ def _line(cells: Sequence[str]) -> str:
 def _cell(cell: Cell) -> str:
     text = escape_markdown(cell.text)
     text = f"**{text}**" if cell.bold and text else text
-    return f"{text}<sup>{escape_markdown(cell.mark)}</sup>" if cell.mark else text
+    text = f"{text}<sup>{escape_markdown(cell.mark)}</sup>" if cell.mark else text
+    return f"{text}<br><sub>{escape_markdown(cell.detail)}</sub>" if cell.detail else text

@@ -98,4 +98,6 @@ def _cell(cell: Cell) -> Text:
     text = Text(cell.text, style=style)
     if cell.mark:
         text.append(f" {cell.mark}" if not cell.mark.isdigit() else f" ({cell.mark})", style="dim")
+    if cell.detail:
+        text.append(f"\n{cell.detail}", style="dim")
     return text

@@ -38,14 +38,16 @@ class Tolerances:
         return self.by_metric.get(metric, self.default)
 
 
-def parse_tolerances(texts: Iterable[str], option: str = "--tolerance") -> Tolerances:
+def parse_tolerances(texts: Iterable[str], option: str = "--tolerance", base: Tolerances | None = None) -> Tolerances:
     """Tolerances from texts such as `["0.01", "i_auroc=0.02"]`.
 
-    A number is for all metrics, `metric=number` for one; of several for the same the last one counts.
+    A number is for all metrics, `metric=number` for one; of several for the same the last one counts. `base` holds
+    where the texts say nothing; a number for all metrics replaces all of it.
 
     Raises UsageError for an unknown metric and for what is no number between 0 and 1.
     """
-    default, by_metric = DEFAULT_TOLERANCE, {}
+    default: float | None = None
+    by_metric: dict[str, float] = {}
     for text in texts:
         metric, separator, number = text.rpartition("=")
         if not separator:
@@ -53,7 +55,10 @@ def parse_tolerances(texts: Iterable[str], option: str = "--tolerance") -> Toler
             continue
         check_metrics([metric.strip()], option)
         by_metric[metric.strip()] = _parse_number(number, text, option)
-    return Tolerances(default, by_metric)
+    if default is not None:
+        return Tolerances(default, by_metric)
+    base = base or Tolerances()
+    return Tolerances(base.default, {**base.by_metric, **by_metric})
 
 
 def _parse_number(number: str, text: str, option: str) -> float:

@@ -242,11 +242,11 @@ def resolve_reference(name: str, run: RunResult, runs_root: Path = Path("runs"))
     raise _unknown_reference(name, known)
 
 
-def _unknown_reference(name: str, known: Mapping[str, Reference]) -> UsageError:
+def _unknown_reference(name: str, known: Mapping[str, Reference], option: str = OPTION) -> UsageError:
     groups = reference_groups()
     near = difflib.get_close_matches(name, [*known, *groups], n=1, cutoff=0.5)
     # Without a near name the groups are listed alone: all names would fill a screen.
-    return unknown_name("reference", name, [*known, *groups] if near else groups, OPTION)
+    return unknown_name("reference", name, [*known, *groups] if near else groups, option)
 
 
 def _select(name: str, candidates: list[Reference], run: RunResult) -> Reference:
@@ -265,6 +265,17 @@ def _select(name: str, candidates: list[Reference], run: RunResult) -> Reference
     names = ", ".join(c.name for c in fitting or same_method or candidates)
     problem = "several rows fit" if fitting else "no row is for"
     raise UsageError(f"{OPTION} {name}: {problem} {what}; name one of: {names}")
+
+
+def find_references(name: str, option: str) -> list[Reference]:
+    """The published rows that a name, its leading part or parts, or `all` stands for.
+
+    Raises UsageError naming the option, with the near names.
+    """
+    found = [r for r in list_references() if name in ("all", r.name) or r.name.startswith(f"{name}:")]
+    if not found:
+        raise _unknown_reference(name, _references(), option)
+    return found
 
 
 def _prefer(candidates: list[Reference], fits: Callable[[Reference], bool]) -> list[Reference]:
@@ -292,9 +303,15 @@ def _shots(shots: int | None) -> str:
     return "all training samples" if shots is None else f"{shots} training samples"
 
 
+_NUMBERS_KEYS = ("categories", "mean", "made_from")
+
+
 def _from_path(path: Path) -> ReferenceTable:
-    if path.is_dir():
-        return _from_run(RunResult.from_disk(path), path)
+    return _from_run(RunResult.from_disk(path), path) if path.is_dir() else read_reference_file(path)
+
+
+def read_reference_file(path: Path) -> ReferenceTable:
+    """A reference from a `summary.json` or a plain file of numbers. Raises DataError or UsageError naming the file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -327,9 +344,11 @@ def _defined(values: Mapping[str, float | None]) -> dict[str, float]:
 
 def _from_numbers(data: Any, path: Path) -> ReferenceTable:
     """A plain file of numbers; unknown keys are errors, else a typing error would switch the check off."""
-    allowed = {"categories", "mean"}
-    if not isinstance(data, dict) or not allowed & data.keys():
+    if not isinstance(data, dict) or not {"categories", "mean"} & data.keys():
         raise DataError(f'{path}: expected {{"categories": {{name: {{metric: value}}}}, "mean": {{metric: value}}}}')
+    for key in data:
+        if key not in _NUMBERS_KEYS:
+            raise unknown_name("key", key, _NUMBERS_KEYS, str(path))
     categories = data.get("categories") or {}
     if not isinstance(categories, dict):
         raise DataError(f"{path}: 'categories' should map names to metrics, got {type(categories).__name__}")
@@ -337,7 +356,19 @@ def _from_numbers(data: Any, path: Path) -> ReferenceTable:
     mean = _numbers(data.get("mean") or {}, f"{path}: mean")
     if not mean and not any(rows.values()):
         raise DataError(f"{path}: holds no numbers")
-    return ReferenceTable(name=path.name, source=f"file {path}", rows=rows, mean=mean)
+    made_from = data.get("made_from") or {}
+    if not isinstance(made_from, dict):
+        raise DataError(f"{path}: 'made_from' should be a table, got {type(made_from).__name__}")
+    run = f", made from run {made_from['run_id']}" if "run_id" in made_from else ""
+    return ReferenceTable(
+        name=path.name,
+        source=f"file {path}{run}",
+        rows=rows,
+        mean=mean,
+        dataset=made_from.get("dataset"),
+        protocol=made_from.get("protocol"),
+        shots=made_from.get("shots"),
+    )
 
 
 def _numbers(row: Any, place: str) -> dict[str, float]:

@@ -47,7 +47,12 @@ class SeedGroup:
 
 
 def group_by_seed(runs: Iterable[RunResult]) -> list[SeedGroup]:
-    """Groups of at least two runs with different seeds and all else equal, in the order of their first runs.
+    """The groups of `group_runs` that hold at least two runs."""
+    return [group for group in group_runs(runs) if len(group.runs) > 1]
+
+
+def group_runs(runs: Iterable[RunResult]) -> list[SeedGroup]:
+    """Groups of runs with different seeds and all else equal, in the order of their first runs.
 
     Equal are method with variant, recipe, version and configuration, dataset with its content, preprocessing,
     shots, limit, resolution and weights. Of several runs with one seed the latest counts.
@@ -62,7 +67,7 @@ def group_by_seed(runs: Iterable[RunResult]) -> list[SeedGroup]:
         earlier = by_seed.get(run.seed)
         if earlier is None or run.created >= earlier.created:
             by_seed[run.seed] = run
-    return [_group([by_seed[seed] for seed in sorted(by_seed)]) for by_seed in groups.values() if len(by_seed) > 1]
+    return [_group([by_seed[seed] for seed in sorted(by_seed)]) for by_seed in groups.values()]
 
 
 def _all_but_seed(run: RunResult) -> str:

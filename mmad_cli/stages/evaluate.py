@@ -216,7 +216,7 @@ def _metrics(
             masks.append(clean.mask)
             maps.append(map_at_size(prediction.anomaly_map, clean.mask.shape))
         else:
-            masks.append(mask_in_view(clean, view))
+            masks.append(mask_in_view(clean, view, len(prediction.anomaly_map)))
             maps.append(prediction.anomaly_map)
     labels = np.array([ref.label for ref in plan.samples.test])
     scores = np.array([prediction.image_score for prediction in scored])

@@ -10,23 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from mmad_cli.errors import DataError
 from mmad_cli.stages.clean import CleanJob, Notice, load_clean, recomputed
 from mmad_cli.store import Artefact, CorruptArtefactError, Store, library_versions, make_key
 
 if TYPE_CHECKING:
     from mmad_cli.backbones.base import Backbone
     from mmad_cli.backbones.specs import FeatureSpec
+    from mmad_cli.types import Sample
 
 STAGE = "extract"
 
 
 @dataclass(frozen=True)
 class FeatureJob:
-    """Everything that is needed to have one feature of one sample, in any process."""
+    """Everything that is needed to have one feature of one sample, in any process.
+
+    donors: for a pseudo anomaly, the scans whose image and whose surface are pasted. wanted: whether a method will
+    read it; a pseudo anomaly of a test sample is never made.
+    """
 
     clean: CleanJob
     spec: FeatureSpec
     key: str
+    donors: tuple[CleanJob, ...] = ()
+    wanted: bool = True
 
     @property
     def artefact(self) -> Artefact:
@@ -39,8 +47,11 @@ class FeatureJob:
         return Store(self.clean.store_root)
 
 
-def feature_key(spec: FeatureSpec, weights: Mapping[str, str], clean: str) -> str:
-    """Key of a feature: the backbone with all its settings, its weights' digests, and the clean scan."""
+def feature_key(spec: FeatureSpec, weights: Mapping[str, str], clean: str, **pseudo: Any) -> str:
+    """Key of a feature: the backbone with all its settings, its weights' digests, and the clean scan.
+
+    pseudo: what else a pseudo anomaly depends on.
+    """
     return make_key(
         STAGE,
         1,
@@ -49,6 +60,7 @@ def feature_key(spec: FeatureSpec, weights: Mapping[str, str], clean: str) -> st
         weights={name: weights[name] for name in spec.weights_names()},
         libraries=library_versions(spec.libraries()),
         clean=clean,
+        **pseudo,
     )
 
 
@@ -74,15 +86,39 @@ def extract_batch(jobs: Sequence[FeatureJob], device: str, notice: Notice) -> No
         missing = [job for job in jobs if not store.has_tensors(job.artefact)]
         if not missing:
             return
-        samples = [load_clean(job.clean, notice) for job in missing]
-        features = _backbone(missing[0].spec, device).extract(samples)
-        for job, arrays in zip(missing, features, strict=True):
-            store.write_tensors(job.artefact, arrays, {"sample": job.clean.ref.id})
+        samples = [pseudo_sample(job, notice) for job in missing]
+        features = _backbone(missing[0].spec.plain, device).extract(samples)
+        for job, sample, arrays in zip(missing, samples, features, strict=True):
+            store.write_tensors(job.artefact, {**arrays, **_pseudo_mask(job, sample)}, {"sample": job.clean.ref.id})
+
+
+def pseudo_sample(job: FeatureJob, notice: Notice) -> Sample:
+    """The clean scan, or the pseudo anomaly that is made from it."""
+    clean = load_clean(job.clean, notice)
+    augmentation = job.spec.augmentation
+    if augmentation is None:
+        return clean
+    from mmad_cli.pseudo import pseudo_anomaly
+
+    try:
+        return pseudo_anomaly(clean, augmentation, [load_clean(donor, notice) for donor in job.donors])
+    except ValueError as error:
+        raise DataError(f"{clean.id}: no pseudo anomaly can be made: {error}") from error
+
+
+def _pseudo_mask(job: FeatureJob, sample: Sample) -> dict[str, NDArray[Any]]:
+    if job.spec.augmentation is None:
+        return {}
+    from mmad_cli.preprocessing.resize import resize_mask
+    from mmad_cli.pseudo import PSEUDO_MASK
+    from mmad_cli.pseudo.masks import GRID
+
+    return {PSEUDO_MASK: resize_mask(sample.mask, GRID)}
 
 
 def batch_size(spec: FeatureSpec, device: str) -> int:
     """Samples per batch, as the backbone suggests."""
-    return _backbone(spec, device).batch_size
+    return _backbone(spec.plain, device).batch_size
 
 
 def load_feature(job: FeatureJob, device: str, notice: Notice) -> Mapping[str, NDArray[Any]]:

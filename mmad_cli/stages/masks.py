@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmad_cli.methods.anomaly_map import bilinear_matrix
-from mmad_cli.preprocessing.resize import centre_crop_view, to_network_size
+from mmad_cli.preprocessing.resize import NETWORK_SIZE, centre_crop_view, resize_mask
 from mmad_cli.types import BoolArray, FloatArray, Sample
 
 if TYPE_CHECKING:
     from mmad_cli.methods.base import View
 
 
-def mask_in_view(clean: Sample, view: View) -> BoolArray:
-    """Mask bool (224, 224) of a clean sample, resized as a whole or as PatchCore's centre crop."""
+def mask_in_view(clean: Sample, view: View, size: int = NETWORK_SIZE) -> BoolArray:
+    """Mask bool (size, size) of a clean sample, resized as a whole or, at 224 only, as PatchCore's centre crop."""
     if view == "crop":
         return centre_crop_view(clean.rgb, clean.mask)[1]
-    return to_network_size(clean).mask
+    return resize_mask(clean.mask, size)
 
 
 def map_at_size(anomaly_map: FloatArray, shape: tuple[int, ...]) -> FloatArray:

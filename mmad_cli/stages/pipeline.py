@@ -8,6 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mmad_cli.errors import DataError, StoreError, UsageError, unknown_name
+from mmad_cli.stages.checkpoints import check_export, export_state
+from mmad_cli.stages.donors import donor_pool
 from mmad_cli.stages.features import FeatureJob, runs_in_pool
 from mmad_cli.stages.plan import (
     FIT,
@@ -121,11 +123,13 @@ def extract(
     """Features of a dataset into the store; scans are cleaned first where that is missing."""
     from mmad_cli.backbones.weights import resolve
     from mmad_cli.datasets import open_dataset
+    from mmad_cli.datasets.base import require_modalities
 
     selection = selection or Selection()
     names = sorted({name for spec in specs.values() for name in spec.weights_names()})
     weights = {name: resolve(name).sha256 for name in names}
     dataset = open_dataset(data)
+    require_modalities(dataset, (spec.input for spec in specs.values()), f"backbone {', '.join(specs)}")
     outcomes = []
     for category, samples in _each_category(
         session, dataset, choose_categories(dataset, selection.categories), selection
@@ -136,7 +140,7 @@ def extract(
         clean = clean_jobs(session, dataset, samples, preprocessing)
         cleaned = preprocess_category(session, category, clean)
         usable = {id_: job for id_, job in clean.items() if id_ not in cleaned.failures}
-        jobs = feature_jobs(usable, specs, weights)
+        jobs = feature_jobs(usable, specs, weights, donor_pool(session, dataset, usable, preprocessing, specs))
         if force:
             _forget(session, jobs)
         extracted = extract_category(session, category, jobs)
@@ -168,6 +172,7 @@ def backbone_spec(name: str, settings: Mapping[str, Any]) -> FeatureSpec:
 def fit(session: Session, request: EvaluateRequest) -> list[CategoryOutcome]:
     """Fit a method per category and store it; earlier stages are run where they are missing."""
     prepared = prepare(session, request)
+    check_export(request.export, prepared.categories)
     found = dict(_each_category(session, prepared.dataset, prepared.categories, request.selection))
     usable = {name: samples for name, samples in found.items() if not isinstance(samples, DataError)}
     shared = plan_shared(session, prepared.dataset, usable, request.selection, prepared.preprocessing, prepared.run)
@@ -200,6 +205,8 @@ def _fit_category(
         return CategoryOutcome(samples.category, reports)
     try:
         _, info = fitted_method(session, plan, prepared.run)
+        if prepared.request.export is not None:
+            export_state(session.store, plan.fit, prepared.request.export)
     except StoreError:
         raise
     except DataError as error:
@@ -255,6 +262,7 @@ def _plan_samples(
     yield PlanLine(category, "preprocess", len(chain.clean), len(left), scan_bytes, 0, seconds)
     for name, jobs in chain.features.items():
         spec = prepared.run.specs[name]
+        jobs = {id_: job for id_, job in jobs.items() if job.wanted}
         missing = sum(not store.has_tensors(job.artefact) for job in jobs.values())
         workers = session.pool_workers(missing) if runs_in_pool(spec) else 1
         seconds = _on_device(session, known, missing, partial(extract_name, spec, workers=workers), workers)

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmad_cli.errors import DataError, UsageError, unknown_name
+from mmad_cli.stages.checkpoints import Checkpoint, find_checkpoint
 from mmad_cli.stages.clean import CleanJob, clean_key, used_files
+from mmad_cli.stages.donors import donor_pool, pseudo_jobs
 from mmad_cli.stages.features import FeatureJob, feature_key
+from mmad_cli.stages.labels import list_refs
 from mmad_cli.stages.session import Session
 from mmad_cli.store import Artefact, RawIndex, library_versions, make_key
 from mmad_cli.store.keys import canonical_json, digest_bytes
@@ -81,6 +84,8 @@ class MethodRun:
     weights: Mapping[str, str]
     own_weights: tuple[str, ...] = ()
     reads_validation: bool = False
+    # folder of fitted states, one below it per category, that take the place of fitting
+    checkpoints: Path | None = None
 
     @property
     def config_dump(self) -> dict[str, Any]:
@@ -109,6 +114,7 @@ class CategoryPlan:
     fit: Artefact
     predictions: Mapping[str, Artefact]
     result: Artefact
+    checkpoint: Checkpoint | None = None
 
     @property
     def keys(self) -> set[str]:
@@ -132,11 +138,11 @@ def select_samples(
     session: Session, dataset: Dataset, category: str, selection: Selection, *, index: RawIndex | None = None
 ) -> CategorySamples:
     """List, digest and narrow down the samples of a category. Raises DataError naming files."""
+    index = index or RawIndex(session.store.root, dataset.root)
     try:
-        refs = dataset.samples(category)
+        refs = list_refs(session, dataset, category, index)
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check permissions") from error
-    index = index or RawIndex(session.store.root, dataset.root)
     paths = [path for ref in refs for path in ref.files.values()]
     with session.reporter.task(f"{category}: reading digests", len(paths)) as advance:
         digests = index.digests(paths, advance)
@@ -187,15 +193,23 @@ def clean_jobs(
     """A job per sample, by id."""
     root: Path = session.store.root
     used = [(ref, used_files(ref, samples.raw[ref.id])) for ref in samples.all]
-    return {ref.id: CleanJob(root, dataset, ref, config, raw, clean_key(config, raw)) for ref, raw in used}
+    own = dataset.own_background
+    return {
+        ref.id: CleanJob(root, dataset, ref, config, raw, clean_key(config, raw, ref.part, own)) for ref, raw in used
+    }
 
 
 def feature_jobs(
-    clean: Mapping[str, CleanJob], specs: Mapping[str, FeatureSpec], weights: Mapping[str, str]
+    clean: Mapping[str, CleanJob],
+    specs: Mapping[str, FeatureSpec],
+    weights: Mapping[str, str],
+    pool: Sequence[CleanJob] = (),
 ) -> dict[str, dict[str, FeatureJob]]:
-    """A job per feature name and sample id."""
+    """A job per feature name and sample id; `pool` is what surfaces of pseudo anomalies are pasted from."""
     return {
         name: {id_: FeatureJob(job, spec, feature_key(spec, weights, job.key)) for id_, job in clean.items()}
+        if spec.augmentation is None
+        else pseudo_jobs(clean, spec, weights, pool)
         for name, spec in specs.items()
     }
 
@@ -218,11 +232,16 @@ def plan_category(
     if not run.reads_validation:
         samples = replace(samples, validation=())
     clean = clean_jobs(session, dataset, samples, preprocessing)
-    features = feature_jobs(clean, run.specs, run.weights)
+    features = feature_jobs(
+        clean, run.specs, run.weights, donor_pool(session, dataset, clean, preprocessing, run.specs)
+    )
 
     def keys_of(ref: SampleRef) -> dict[str, str]:
-        return {name: jobs[ref.id].key for name, jobs in features.items()}
+        return {name: jobs[ref.id].key for name, jobs in features.items() if jobs[ref.id].wanted}
 
+    checkpoint = find_checkpoint(run.checkpoints, category)
+    # a fit of our own keeps the key that it has without checkpoints
+    instead = {} if checkpoint is None else {"checkpoint": checkpoint.digest}
     fit = make_key(
         FIT,
         definition.version,
@@ -234,6 +253,7 @@ def plan_category(
         validation=[keys_of(ref) for ref in samples.validation],
         shared=None if shared is None else shared.key,
         weights={name: run.weights[name] for name in run.own_weights},
+        **instead,
     )
     predictions = {
         ref.id: Artefact(PREDICT, category, make_key(PREDICT, definition.version, fit=fit, features=keys_of(ref)))
@@ -253,4 +273,5 @@ def plan_category(
         fit=Artefact(FIT, category, fit),
         predictions=predictions,
         result=Artefact(EVALUATE, category, result),
+        checkpoint=checkpoint,
     )

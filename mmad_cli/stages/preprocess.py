@@ -51,6 +51,7 @@ def extract_category(session: Session, category: str, features: Mapping[str, Map
     total = computed = 0
     failures: dict[str, str] = {}
     for name, jobs in features.items():
+        jobs = {id_: job for id_, job in jobs.items() if job.wanted}
         missing = [job for job in jobs.values() if _described(session, job.artefact) is None]
         total += len(jobs)
         if not missing:

@@ -116,6 +116,9 @@ def not_comparable_reasons(prepared: Prepared, samples: Mapping[str, CategorySam
     by_hand = [name for name in request.preprocessing if name not in ("protocol", "debris")]
     if by_hand:
         reasons.append(f"preprocessing: {', '.join(by_hand)} set by hand")
+    reasons += prepared.dataset.departures()
+    if request.checkpoints is not None:
+        reasons.append("checkpoints: fitted states were imported, what they were fitted on is not known here")
     if request.full_resolution:
         reasons.append("full resolution: published metrics are at 224 x 224")
     if request.recipe != "official":

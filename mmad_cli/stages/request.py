@@ -7,14 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmad_cli.errors import UsageError
+from mmad_cli.errors import UsageError, unknown_name
 from mmad_cli.stages.plan import MethodRun, Selection, choose_categories
 from mmad_cli.stages.session import Session
 
 if TYPE_CHECKING:
     from mmad_cli.backbones.weights import WeightsRecord
     from mmad_cli.datasets.base import Dataset
+    from mmad_cli.methods.base import MethodDefinition
     from mmad_cli.preprocessing.config import PreprocessConfig
+
+BACKBONES = ("paper", "builtin")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class EvaluateRequest:
     method: str
     variant: str | None = None
     recipe: str = "official"
+    backbones: str = "paper"
     settings: Mapping[str, Any] = field(default_factory=dict)
     protocol: str | None = None
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
@@ -33,6 +37,8 @@ class EvaluateRequest:
     full_resolution: bool = False
     force: bool = False
     out: Path | None = None
+    checkpoints: Path | None = None
+    export: Path | None = None
     argv: Sequence[str] = ()
 
 
@@ -51,11 +57,13 @@ class Prepared:
 def prepare(session: Session, request: EvaluateRequest) -> Prepared:
     """Check method, variant, fields, weights, dataset and categories. Raises errors with exit code 2."""
     from mmad_cli.datasets import open_dataset
+    from mmad_cli.datasets.base import require_modalities
     from mmad_cli.methods import build, build_config, get_method
     from mmad_cli.methods.base import OwnWeights, ReadsValidation
 
     definition = get_method(request.method)
-    config = build_config(definition, request.variant, request.recipe, request.settings)
+    settings = {**backbone_settings(definition, request.backbones), **request.settings}
+    config = build_config(definition, request.variant, request.recipe, settings)
     method = build(definition, config)
     if request.full_resolution and method.view != "resize":
         raise UsageError(
@@ -65,6 +73,7 @@ def prepare(session: Session, request: EvaluateRequest) -> Prepared:
     dataset = open_dataset(request.data)
     categories = choose_categories(dataset, request.selection.categories)
     specs = method.features()
+    require_modalities(dataset, (spec.input for spec in specs.values()), f"{definition.name} {config.variant}")
     own_weights = tuple(method.weights_names()) if isinstance(method, OwnWeights) else ()
     records = _weights(specs, own_weights)
     run = MethodRun(
@@ -75,9 +84,28 @@ def prepare(session: Session, request: EvaluateRequest) -> Prepared:
         {record.name: record.sha256 for record in records},
         own_weights,
         reads_validation=isinstance(method, ReadsValidation) and method.needs_validation,
+        checkpoints=_checkpoint_folder(request.checkpoints),
     )
     preprocessing = preprocess_config(request.protocol or definition.protocol, request.preprocessing)
     return Prepared(request, dataset, categories, run, records, preprocessing)
+
+
+def backbone_settings(definition: MethodDefinition, backbones: str) -> dict[str, Any]:
+    """Fields of a method's configuration that `--backbones` sets: none for `paper`, the built-in ones for `builtin`.
+
+    Raises UsageError for another word, and for a method that reads no network's features.
+    """
+    from mmad_cli.backbones.builtin import POINTS, RGB
+
+    if backbones not in BACKBONES:
+        raise unknown_name("choice of backbones", backbones, BACKBONES, "--backbones")
+    if backbones == "paper":
+        return {}
+    fields = definition.config.model_fields
+    networks = {name: value for name, value in (("rgb_backbone", RGB), ("point_backbone", POINTS)) if name in fields}
+    if not networks:
+        raise UsageError(f"--backbones builtin: {definition.name} has no backbone to choose; leave the option out")
+    return {**networks, **definition.builtin}
 
 
 def preprocess_config(protocol: str, settings: Mapping[str, Any]) -> PreprocessConfig:
@@ -92,6 +120,12 @@ def preprocess_config(protocol: str, settings: Mapping[str, Any]) -> PreprocessC
         first = error.errors()[0]
         option = str((first["loc"] or ("protocol",))[0]).replace("_", "-")
         raise UsageError(f"--{option} {first.get('input')}: {first['msg']}") from error
+
+
+def _checkpoint_folder(folder: Path | None) -> Path | None:
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"--checkpoints {folder}: is not a folder; `mmad fit --export DIR` writes one")
+    return None if folder is None else folder.absolute()
 
 
 def _weights(specs: Mapping[str, Any], own: Sequence[str]) -> list[WeightsRecord]:

@@ -270,6 +270,27 @@ def test_settings_change_what_they_name(imported: Callable[[str], None], golden_
     assert features(size=112)["pixel"].max() < 112 * 112
     skipped, kept = features(near), features(near, fps_skip_origin=False)
     assert not np.array_equal(skipped["centres"], kept["centres"])
+    drawn = features(fps_start="random", fps_seed=1)
+    assert not np.array_equal(drawn["centres"][0], base["centres"][0])
+    assert np.array_equal(drawn["centres"], features(fps_start="random", fps_seed=1)["centres"])
+    assert not np.array_equal(drawn["centres"], features(fps_start="random", fps_seed=2)["centres"])
+
+
+def test_pruned_networks_join_the_outputs_of_their_own_blocks(
+    imported: Callable[[str], None], golden_sample: MakeSample
+) -> None:
+    imported("point_mae")
+    sample = golden_sample(0)
+    by_depth = {
+        blocks: create(FeatureSpec.point(**{**SMALL, "blocks": blocks})).extract([sample])[0]["tokens"]
+        for blocks in (12, 8, 4, 2, 3)
+    }
+    assert [tokens.shape[1] for tokens in by_depth.values()] == [1152, 1152, 1152, 384, 384]
+    # outputs after blocks 4, 8, 12; 2, 5, 8; 2, 3, 4, counted from 1
+    assert np.array_equal(by_depth[8][:, :384], by_depth[2])
+    assert np.array_equal(by_depth[4][:, 384:768], by_depth[3])
+    assert np.array_equal(by_depth[12][:, :384], by_depth[4][:, 768:])
+    assert np.array_equal(by_depth[12][:, 384:768], by_depth[8][:, 768:])
 
 
 def test_fewer_points_than_groups(imported: Callable[[str], None], golden_sample: MakeSample) -> None:

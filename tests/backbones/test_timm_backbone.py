@@ -129,6 +129,20 @@ def test_tokens_equal_the_network(install: Any, golden_sample: GoldenSample) -> 
     np.testing.assert_allclose(features["tokens"], wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_the_first_blocks_of_a_network(install: Any, golden_sample: GoldenSample) -> None:
+    network = _plain(VIT, install(VIT))
+    sample = golden_sample(4)
+    (features,) = create(FeatureSpec.timm(VIT, blocks=4)).extract([sample])
+    network.blocks = network.blocks[:4]
+    with torch.inference_mode():
+        wanted = network.forward_features(((_image(sample) - MEAN) / STD)[None])[0, 1:].numpy()
+    np.testing.assert_allclose(features["tokens"], wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UsageError, match=r"blocks.*12"):
+        create(FeatureSpec.timm(VIT, blocks=13))
+    with pytest.raises(UsageError, match="blocks"):
+        FeatureSpec.timm("resnet18.tv_in1k", outputs=[2], blocks=1)
+
+
 def test_norm_model_uses_the_networks_constants(install: Any, golden_sample: GoldenSample) -> None:
     network = _plain(VIT, install(VIT))
     sample = golden_sample(4)

@@ -38,7 +38,7 @@ class M3DMConfig(MethodConfig):
     rgb_size: int = Field(default=224, ge=8)
     # `model`: the constants that the network was trained with
     rgb_norm: Literal["imagenet", "model"] = "imagenet"
-    point_backbone: Literal["point_mae", "point_bert"] = "point_mae"
+    point_backbone: Literal["point_mae", "point_bert", "builtin_points"] = "point_mae"
     groups: int = Field(default=1024, ge=3)
     group_size: int = Field(default=128, ge=1)
     # `batch` normalises with the statistics of the scan at hand (the published network is left in training mode),
@@ -76,6 +76,9 @@ class M3DMConfig(MethodConfig):
     # lone point bank: drop rows with a zero before the selection and append one row of zeros
     rm_zero_for_project: bool = False
 
+    # `expanded`: patch distances by |a|^2 + |b|^2 - 2ab in float32, which leaves rounding noise where a patch is in the
+    # bank; decision fusion learns from it
+    distances: Literal["expanded", "direct"] = "expanded"
     # divides distances before the image score; None: 1000 with two banks and decision fusion, else 1
     score_scale: float | None = Field(default=None, gt=0)
     # added to the denominator of the weight; None: 1e-5 for a lone RGB or point bank, else 0
@@ -160,6 +163,7 @@ CORRECTED: dict[str, Any] = {
     "coreset_count": "own",
     "coreset_dtype": "float32",
     "zero_row": "filtered",
+    "distances": "direct",
     "score_scale": 1.0,
     "w_eps": 0.0,
     "score_form": "stable",

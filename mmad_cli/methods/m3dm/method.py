@@ -53,6 +53,7 @@ _NETWORK_FILE = "uff.safetensors"
 
 # of the point networks, for estimates
 _POINT_CHANNELS = 1152
+_BUILTIN_CHANNELS = 288
 # the only grid that the published code makes its scrambled training pairs from
 _SCRAMBLED_GRID = 28
 _MEBIBYTE = 1 << 20
@@ -282,10 +283,11 @@ class M3DM:
 
     def _bank_shape(self, name: BankName) -> tuple[int, int]:
         """Patches per sample and channels of a bank, from the architecture; builds the RGB network without values."""
+        point_channels = _POINT_CHANNELS if self.config.point_backbone != "builtin_points" else _BUILTIN_CHANNELS
         if name == "points":
-            return POINT_PATCHES, _POINT_CHANNELS
+            return POINT_PATCHES, point_channels
         patches, channels = _token_shape(self.config.rgb_backbone, self.config.rgb_size)
-        return (patches, channels) if name == "rgb" else (POINT_PATCHES, _POINT_CHANNELS + channels)
+        return (patches, channels) if name == "rgb" else (POINT_PATCHES, point_channels + channels)
 
     def _patches(self, sample: SampleFeatures) -> dict[BankName, tuple[FloatArray, int]]:
         """Patch rows of a sample and the side of their grid for each bank of the variant; not normalised."""
@@ -404,7 +406,7 @@ class M3DM:
             )
         patches = bank.normalise(rows)
         distinct, position = _distinct(rows)
-        nearest, indices = patch_distances(patches[distinct], bank.index)
+        nearest, indices = patch_distances(patches[distinct], bank.index, self.config.distances)
         nearest, indices = nearest[position], indices[position]
         image_score = reweighted_score(
             patches,
@@ -431,6 +433,13 @@ class M3DM:
         if not self.config.needs_decision_fusion:
             return Samples([])
         if self.config.dlf_fit == "train":
+            if self._learns_from_rounding:
+                warnings.warn(
+                    "decision fusion learns from samples that are in the banks with every patch: their scores are the "
+                    "rounding noise of distances that should be 0, as in the published code, and so are its weights. "
+                    "Set dlf_fit=validation or a smaller coreset_fraction",
+                    stacklevel=3,
+                )
             return train
         if len(validation) == 0:
             warnings.warn(
@@ -440,6 +449,11 @@ class M3DM:
             )
             return train
         return validation
+
+    @property
+    def _learns_from_rounding(self) -> bool:
+        config = self.config
+        return config.distances == "expanded" and config.coreset_fraction == 1 and config.asy_memory_bank is None
 
     def _fit_fusion(self, samples: FeatureSet, progress: ProgressCallback) -> DecisionFusion:
         """Score the samples against the banks and learn the weights. Holds one number per pixel, bank and sample."""
@@ -502,7 +516,7 @@ def _bank_file(name: BankName) -> str:
 DEFINITION = MethodDefinition(
     name="m3dm",
     title="M3DM",
-    version=1,
+    version=2,
     config=M3DMConfig,
     build=M3DM,
     variants={

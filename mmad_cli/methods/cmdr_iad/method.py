@@ -1,0 +1,271 @@
+"""CMDR-IAD (arXiv 2603.03939): mapping between the modalities and a reconstruction of each, joined by two gates."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from mmad_cli.errors import DataError
+from mmad_cli.methods.base import MAP_SIZE, MethodDefinition, Prediction, SampleFeatures
+from mmad_cli.methods.cmdr_iad.inference import POLYURETHANE_SMOOTHING, RGB_SMOOTHING, errors, fuse, polyurethane_map
+from mmad_cli.methods.cmdr_iad.learner import CmdrLearner
+from mmad_cli.methods.cmdr_iad.losses import LossName
+from mmad_cli.methods.cmdr_iad.networks import PUBLISHED_NAMES, SHORTENING, STREAMS, NetworkName, new_networks
+from mmad_cli.methods.mapping.dense import POINTS, RGB, DenseFeatures, DenseReader
+from mmad_cli.methods.mapping.method import CORRECTED, FAST, MappingConfig, MappingMethod
+from mmad_cli.methods.mapping.scoring import SMOOTHING, at_map_size, smooth
+from mmad_cli.methods.mapping.trainer import Learner, TrainerConfig
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_log = logging.getLogger(__name__)
+
+Variant = Literal["rgb+3d", "rgb", "3d", "polyurethane"]
+
+# a chunk of a polyurethane scan: 9216 points in the order of the file
+CHUNK_SIDE = 96
+
+NETWORKS: dict[Variant, tuple[NetworkName, ...]] = {
+    "rgb+3d": tuple(PUBLISHED_NAMES),
+    "rgb": ("rgb_decoder",),
+    "3d": ("point_decoder",),
+    "polyurethane": ("point_decoder",),
+}
+
+# published settings of the variant for polyurethane where they are others
+_POLYURETHANE: dict[str, Any] = {
+    "grid": CHUNK_SIDE,
+    "groups": 96,
+    "group_size": 32,
+    "batch_size": 4,
+    "optimiser": "adamw",
+    "weight_decay": 0.01,
+}
+
+# peak bytes per pixel of a training step beyond networks and features (measured as resident memory)
+_STEP_BYTES = {"rgb_decoder": 70_000, "point_decoder": 45_000, "rgb_to_points": 12_000, "points_to_rgb": 12_000}
+
+
+class CmdrIadConfig(MappingConfig):
+    """Switches of CMDR-IAD; the defaults are what the published code computes."""
+
+    variant: Variant = "rgb+3d"
+
+    # the first group centre is a random point; `fps_seed` draws it
+    fps_start: Literal["first", "random"] = "random"
+    fps_seed: int = Field(default=0, ge=0)
+    fps_skip_origin: bool = False
+
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    # `l2` is defined in the published code but not used
+    loss: LossName = "cosine"
+    optimiser: Literal["adam", "adamw"] = "adam"
+    weight_decay: float = Field(default=0.0, ge=0)
+    # a loss that is not finite: `skip` leaves out that network's step, `stop` ends the training with an error
+    non_finite: Literal["skip", "stop"] = "skip"
+    # so many valid pixels of each batch, drawn anew in each step, enter the losses; None: all, as published
+    pixels_per_step: int | None = Field(default=None, ge=1)
+
+    # `code`: five 5 x 5 and three 7 x 7 means of the joined map; `figure`: three and two, as the paper's figure says
+    final_smoothing: Literal["code", "figure"] = "code"
+    # what the maximum of the map is divided by: the root of its mean, as the code does, or the mean of the figure
+    image_score: Literal["root_mean", "mean"] = "root_mean"
+    # variant rgb: errors count where there are point features (as the paper's pictures suggest), or everywhere
+    rgb_mask: Literal["points", "none"] = "points"
+    # variant 3d: windows of the means that the error goes through; the paper's pictures are not smoothed
+    points_smoothing: tuple[int, ...] = ()
+    # rgb+3d, a test sample without one modality: `error`, or `drop` to the reconstruction of the other
+    missing_modality: Literal["error", "drop"] = "error"
+    # variant polyurethane: side of the grid that the points of a chunk make in the order of the file
+    chunk_side: int = Field(default=CHUNK_SIDE, ge=8, le=MAP_SIZE)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_with_variant(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("variant") == "polyurethane":
+            return {**_POLYURETHANE, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _grid_fits_the_decoder(self) -> CmdrIadConfig:
+        if "point_decoder" in self.networks and self.grid**2 % SHORTENING:
+            raise ValueError(f"grid: its square must be a multiple of {SHORTENING}, got {self.grid}")
+        if any(window < 1 or window % 2 == 0 for window in self.points_smoothing):
+            raise ValueError(f"points_smoothing: must be odd windows, got {list(self.points_smoothing)}")
+        return self
+
+    @property
+    def networks(self) -> tuple[NetworkName, ...]:
+        """The networks of the variant."""
+        return NETWORKS[self.variant]
+
+    def trainer(self) -> TrainerConfig:
+        """How the networks are trained."""
+        return TrainerConfig(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            rate=self.rate,
+            optimiser=self.optimiser,
+            weight_decay=self.weight_decay,
+            non_finite=self.non_finite,
+        )
+
+
+class CmdrIad(MappingMethod):
+    """Cross-modal mapping and dual-branch reconstruction: a pixel is anomalous when both kinds of error say so."""
+
+    def __init__(self, config: CmdrIadConfig, device: str = "cpu") -> None:
+        super().__init__(config, device)
+        self.config = config
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Which of the two features are read; for a mask from the points, these too."""
+        read = {stream for name in self.config.networks for stream in STREAMS[name]}
+        if self.config.variant == "rgb" and self.config.rgb_mask == "points":
+            read.add(POINTS)
+        return tuple(stream for stream in (RGB, POINTS) if stream in read)
+
+    @property
+    def smoothing(self) -> tuple[int, ...]:
+        """Windows of the box means that the errors of the variant go through."""
+        match self.config.variant:
+            case "rgb":
+                return RGB_SMOOTHING
+            case "3d":
+                return self.config.points_smoothing
+        return SMOOTHING if self.config.final_smoothing == "code" else RGB_SMOOTHING
+
+    @property
+    def reader(self) -> DenseReader:
+        """How features are brought to pixels; the cloud of a chunk has its own size."""
+        reader = super().reader
+        return replace(reader, cloud_size=self.config.chunk_side) if self.config.variant == "polyurethane" else reader
+
+    def point_settings(self) -> dict[str, Any]:
+        """Settings of the point backbone."""
+        settings = {**super().point_settings(), "fps_start": self.config.fps_start, "fps_seed": self.config.fps_seed}
+        return {**settings, "size": self.config.chunk_side} if self.config.variant == "polyurethane" else settings
+
+    def build_learner(self, channels: dict[str, int]) -> CmdrLearner:
+        """The networks of the variant."""
+        config = self.config
+        networks = new_networks(
+            channels.get(RGB, 0), channels.get(POINTS, 0), config.grid, config.dropout, names=config.networks
+        )
+        return CmdrLearner(networks, config.loss, config.pixels_per_step)
+
+    def errors(self, learner: Learner, features: DenseFeatures) -> NDArray[np.floating]:
+        """Joined error (224, 224) of the four networks, or that of the only one on the features' grid."""
+        found = self._network_errors(learner, features)
+        if self.config.variant != "rgb+3d":
+            return found[self.config.networks[0]]
+        maps = {name: at_map_size(error) for name, error in found.items()}
+        valid = features.valid.view(features.side, features.side).cpu().numpy()
+        return fuse(maps, nearest(valid, MAP_SIZE)).fused
+
+    def predict(self, sample: SampleFeatures) -> Prediction:
+        """Score one sample, by one modality where the other is missing and `missing_modality` is `drop`.
+
+        Raises RuntimeError before `fit` or `load`, DataError where features do not fit.
+        """
+        if self.config.variant == "rgb+3d" and self.config.missing_modality == "drop":
+            left = self._present(sample)
+            if len(left) == 1:
+                return self._by_one(sample, left[0])
+        return super().predict(sample)
+
+    def scored(self, errors: NDArray[np.floating]) -> Prediction:
+        """Prediction from errors: smoothed and scaled as the variant does it."""
+        if self.config.variant == "polyurethane":
+            return self._chunk_scored(errors)
+        prediction = super().scored(errors)
+        if self.config.image_score == "mean" and self.config.normaliser == "per_metric":
+            return replace(prediction, image_score=float(prediction.anomaly_map.max()) * prediction.aupro_scale)
+        return prediction
+
+    def memory_estimate(self, n_train: int) -> int:
+        """Features, kept tokens and the activations of the hungriest network; steps are one after the other."""
+        pixels = self.config.grid**2 * min(self.config.batch_size, max(n_train, 1))
+        return super().memory_estimate(n_train) + pixels * max(_STEP_BYTES[name] for name in self.config.networks)
+
+    def _network_errors(self, learner: Learner, features: DenseFeatures) -> dict[NetworkName, NDArray[np.floating]]:
+        if not isinstance(learner, CmdrLearner):
+            raise TypeError(f"learner: expected CmdrLearner, got {type(learner).__name__}")
+        streams = {RGB: features.rgb, POINTS: features.points}
+        usable = {
+            name: network
+            for name, network in learner.networks.items()
+            if all(streams[stream] is not None for stream in STREAMS[name])
+        }
+        found = errors(usable, features.rgb, features.points, features.valid)
+        return {name: error.view(features.side, features.side).cpu().numpy() for name, error in found.items()}
+
+    def _chunk_scored(self, errors: NDArray[np.floating]) -> Prediction:
+        scales = self.config.normaliser == "per_metric"
+        anomaly = polyurethane_map(errors) if scales else smooth(errors, POLYURETHANE_SMOOTHING)
+        return Prediction(nearest(anomaly, MAP_SIZE).astype(np.float32), float(anomaly.max()))
+
+    def _present(self, sample: SampleFeatures) -> tuple[str, ...]:
+        """Streams that the sample has; both when it has neither, so that reading it tells what is wrong."""
+        present = []
+        for stream in (RGB, POINTS):
+            try:
+                replace(self.reader, streams=(stream,)).tokens(sample)
+            except DataError:
+                continue
+            present.append(stream)
+        return tuple(present) or (RGB, POINTS)
+
+    def _by_one(self, sample: SampleFeatures, stream: str) -> Prediction:
+        """Scored as the variant of one modality does it; its scale is not that of samples with both."""
+        _log.warning("%s: scored by %s alone, the other modality is missing", sample.id, stream)
+        variant: Variant = "rgb" if stream == RGB else "3d"
+        alone = CmdrIad(self.config.model_copy(update={"variant": variant, "rgb_mask": "none"}), self.device)
+        found = self._network_errors(self._fitted(), alone.reader(sample))
+        return alone.scored(found[alone.config.networks[0]])
+
+
+def nearest(values: NDArray[Any], size: int) -> NDArray[Any]:
+    """A square map (side, side) at another size: the pixel under the middle of every target pixel, as for masks."""
+    side = len(values)
+    if side == size:
+        return values
+    index = ((np.arange(size) + 0.5) * side / size).astype(np.int64)
+    return values[np.ix_(index, index)]
+
+
+_FAST: dict[str, Any] = {**FAST, "pixels_per_step": 512}
+
+DEFINITION = MethodDefinition(
+    name="cmdr_iad",
+    title="CMDR-IAD",
+    version=1,
+    config=CmdrIadConfig,
+    build=CmdrIad,
+    variants={
+        "rgb+3d": "both mappers and both decoders",
+        "rgb": "the RGB decoder alone",
+        "3d": "the point decoder alone",
+        "polyurethane": "the point decoder on chunks of 9216 points of the polyurethane cutting set",
+    },
+    default_variant="rgb+3d",
+    modalities={"rgb+3d": "RGB+3D", "rgb": "RGB", "3d": "3D", "polyurethane": "3D"},
+    protocol="cfm",
+    recipes={"official": {}, "corrected": CORRECTED, "fast": _FAST},
+    source="arXiv 2603.03939",
+    libraries=("numpy", "scipy", "torch"),
+    notes=(
+        "The published extractor runs in training mode; here its batch statistics are kept and stochastic depth is "
+        "off, so features are deterministic (point_droppath=on draws it).",
+        "The published code has no variants rgb and 3d on images with clouds; how they smooth and mask follows the "
+        "paper's pictures.",
+        "Where the paper's figures and its code differ (smoothing, image score, last layers) the code is followed.",
+        "The recipe fast works on a grid of 56 x 56 for 10 epochs, for machines without a GPU; not comparable.",
+    ),
+)

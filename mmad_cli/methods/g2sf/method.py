@@ -1,0 +1,307 @@
+"""G2SF (ICCV 2025, arXiv 2503.10091): two memory banks whose distances a network scales patch by patch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmad_cli.errors import DataError
+from mmad_cli.methods.anomaly_map import blur_float, blur_pillow8, upsample
+from mmad_cli.methods.base import (
+    BankSize,
+    FeatureSet,
+    MethodDefinition,
+    Prediction,
+    ProgressCallback,
+    SampleFeatures,
+    View,
+)
+from mmad_cli.methods.experts import CELLS, GRID, Cells, Expert, Source, pseudo_samples, with_pseudo
+from mmad_cli.methods.g2sf.config import CORRECTED, G2SFConfig
+from mmad_cli.methods.m3dm.streams import SharedProgress
+from mmad_cli.types import BoolArray, FloatArray
+
+if TYPE_CHECKING:
+    from mmad_cli.backbones.specs import FeatureSpec
+    from mmad_cli.methods.g2sf.network import LocalScaleNetwork
+    from mmad_cli.methods.g2sf.training import Trained
+
+RGB, POINTS = "rgb", "points"
+
+_STATE_FILE = "state.json"
+_NETWORK_FILE = "network.safetensors"
+_TILE = 2048
+_MEBIBYTE = 1 << 20
+# foreground cells of a scan, for estimates
+_FOREGROUND = CELLS // 2
+
+
+class G2SF:
+    """Geometry-guided score fusion.
+
+    Fitted: `experts_`, the RGB and the point bank; `network_`, the local scale network, None when nothing is trained;
+    `units_`, the distance of each bank that counts as 1.
+    """
+
+    network_: LocalScaleNetwork | None
+    units_: tuple[float, float]
+
+    def __init__(self, config: G2SFConfig, device: str = "cpu") -> None:
+        self.config = config
+        self.device = device
+        self.sources = _sources(config)
+
+    @property
+    def view(self) -> View:
+        """The whole scan."""
+        return "resize"
+
+    def features(self) -> dict[str, FeatureSpec]:
+        """RGB and point features of every sample, and those of the pseudo anomalies of training samples."""
+        return with_pseudo(self.sources, self.config.augmentations)
+
+    def fit(
+        self,
+        train: FeatureSet,
+        validation: FeatureSet,
+        *,
+        seed: int,
+        progress: ProgressCallback | None = None,
+    ) -> None:
+        """Select both banks, look the pseudo anomalies up in them, train the network; `validation` is not read.
+
+        `seed` starts the stream that the projections of the RGB and the point bank draw from in turn, and the
+        training. Raises DataError without training samples, or without a pseudo-anomalous patch.
+        """
+        if len(train) == 0:
+            raise DataError("there are no training samples; a memory bank needs at least one good sample")
+        stream = np.random.RandomState(seed)
+        # banks, pseudo anomalies and training take about as long as each other
+        tell = SharedProgress(progress, 4000)
+        self.experts_ = self._experts()
+        for expert in self.experts_:
+            expert.fit(train, stream=stream, progress=_part(tell, 500))
+        trained = self._train(train, seed, tell)
+        self.network_, self.units_ = trained.network, trained.units
+
+    def predict(self, sample: SampleFeatures) -> Prediction:
+        """Score one sample. Raises RuntimeError before `fit` or `load`."""
+        scores = self.patch_scores(sample)
+        blur = blur_pillow8 if self.config.blur == "pillow8" else blur_float
+        return Prediction(blur(upsample(scores, GRID)), float(scores.max()))
+
+    def patch_scores(self, sample: SampleFeatures) -> FloatArray:
+        """Scores float32 (3136,) of the 56 x 56 patches: the metric, over the nearest and its neighbours.
+
+        Local scales of background patches are 1.
+        """
+        if not hasattr(self, "experts_"):
+            raise RuntimeError("the method is not fitted; call fit or load first")
+        ranks = 1 if self.config.aggregation == "nearest" else self.config.neighbours + 1
+        cells = [expert.cells(sample) for expert in self.experts_]
+        metrics = self._metrics(cells, ranks)
+        if self.config.aggregation == "mean":
+            return np.asarray(metrics.mean(axis=1), dtype=np.float32)
+        return np.asarray(metrics.max(axis=1) if self.config.aggregation == "max" else metrics.min(axis=1))
+
+    def banks(self) -> dict[str, BankSize]:
+        """Sizes of both banks."""
+        if not hasattr(self, "experts_"):
+            raise RuntimeError("the method is not fitted; call fit or load first")
+        return {expert.source.name: expert.size for expert in self.experts_}
+
+    def save(self, folder: Path) -> None:
+        """Write banks, network and units into an existing empty folder."""
+        from safetensors.torch import save_file
+
+        state: dict[str, Any] = {
+            "banks": {name: [size.rows, size.dim] for name, size in self.banks().items()},
+            "units": list(self.units_),
+            "network": self.network_ is not None,
+        }
+        for expert in self.experts_:
+            expert.save(folder)
+        if self.network_ is not None:
+            tensors = {name: value.cpu().contiguous() for name, value in self.network_.state_dict().items()}
+            save_file(tensors, str(folder / _NETWORK_FILE))
+        (folder / _STATE_FILE).write_text(json.dumps(state) + "\n")
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote. Raises DataError when the files do not belong together."""
+        state = json.loads((folder / _STATE_FILE).read_text())
+        experts = self._experts()
+        for expert in experts:
+            expert.load(folder)
+        if {expert.source.name: list(expert.bank_.rows_.shape) for expert in experts} != state["banks"]:
+            raise DataError(f"{folder}: the memory banks are not those described in {_STATE_FILE}; fit again")
+        self.experts_ = experts
+        self.units_ = (float(state["units"][0]), float(state["units"][1]))
+        self.network_ = self._read_network(folder) if state["network"] else None
+
+    def memory_estimate(self, n_train: int) -> int:
+        """Peak bytes of `fit` beyond the networks: projected rows of the larger bank, or banks and training patches."""
+        from mmad_cli.memory import projected_dimension
+
+        config, n = self.config, max(n_train, 1)
+        shapes = [_shape(source) for source in self.sources]
+        selecting = held = 0
+        for rows, channels in shapes:
+            width = projected_dimension(n * rows, channels, config.coreset_eps) or channels
+            per_entry = 12.0 if config.coreset_dtype == "float16" else 5.2
+            selecting = max(selecting, int(per_entry * n * rows * width))
+            held += int(8 * config.coreset_fraction * n * rows * channels)
+        made = min(n * len(config.augmentations), config.pseudo_samples)
+        per_value = 2 if config.pool_dtype == "float16" else 4
+        # gathered in parts, then joined
+        pool = 2 * made * sum(min(rows, _FOREGROUND) * per_value * channels for rows, channels in shapes)
+        width = sum(channels for _, channels in shapes)
+        batch = 4 * 12 * config.batch * (config.distal + 1) * width if config.epochs else 0
+        return max(selecting, held + pool + min(batch, pool)) + 256 * _MEBIBYTE
+
+    def _experts(self) -> list[Expert]:
+        from mmad_cli.memory import BankConfig
+
+        config = self.config
+        selection = BankConfig(
+            fraction=config.coreset_fraction,
+            eps=config.coreset_eps,
+            projection="sparse",
+            coreset="greedy" if config.coreset_fraction < 1 else "all",
+            coreset_dtype=config.coreset_dtype,
+        )
+        return [Expert(source, selection, self.device) for source in self.sources]
+
+    def _train(self, train: FeatureSet, seed: int, tell: SharedProgress) -> Trained:
+        from mmad_cli.methods.g2sf import training
+        from mmad_cli.methods.g2sf.pool import build_pool, cell_labels
+
+        pool = build_pool(
+            self.experts_,
+            pseudo_samples(train, self.config.augmentations),
+            lambda sample: cell_labels(sample, POINTS),
+            _foreground,
+            ranks=self.config.distal + 1,
+            dtype=self.config.pool_dtype,
+            device=self.device,
+            progress=_part(tell, 1000),
+        )
+        try:
+            return training.train(pool, self.config, seed=seed, progress=_part(tell, 2000))
+        except ValueError as error:
+            raise DataError(f"the pseudo anomalies of {len(train)} training samples cannot be used: {error}") from error
+
+    def _metrics(self, cells: Sequence[Cells], ranks: int) -> FloatArray:
+        """The metric of each cell to its prototypes of rank 0 to `ranks` - 1, float32 (3136, ranks)."""
+        import torch
+
+        found = [expert.look_up(one, ranks) for expert, one in zip(self.experts_, cells, strict=True)]
+        distances = np.stack(
+            [one.distances[part.row] / unit for one, part, unit in zip(found, cells, self.units_, strict=True)], axis=-1
+        )
+        local = np.ones_like(distances)
+        shares = np.full(2, 0.5, dtype=np.float32)
+        if self.network_ is not None:
+            front = np.flatnonzero(_foreground(cells))
+            with torch.inference_mode():
+                for start in range(0, len(front), _TILE):
+                    tile = front[start : start + _TILE]
+                    rows = [part.row[tile] for part in cells]
+                    prototypes = np.concatenate(
+                        [e.prototypes(f.neighbours[r]) for e, f, r in zip(self.experts_, found, rows, strict=True)], -1
+                    )
+                    features = np.concatenate([f.rows[r] for f, r in zip(found, rows, strict=True)], -1)
+                    near, at = (torch.from_numpy(array).to(self.device) for array in (prototypes, features))
+                    local[tile] = self.network_(at[:, None] - near, near).cpu().numpy()
+                shares = self.network_.global_scales().cpu().numpy()
+        return np.asarray((local * distances * shares).sum(axis=-1), dtype=np.float32)
+
+    def _read_network(self, folder: Path) -> LocalScaleNetwork:
+        from safetensors.torch import load_file
+
+        from mmad_cli.methods.g2sf.network import LocalScaleNetwork
+
+        network = LocalScaleNetwork(sum(expert.size.dim for expert in self.experts_), self.config.dropout)
+        network.load_state_dict(load_file(str(folder / _NETWORK_FILE)))
+        return network.to(self.device).eval().requires_grad_(False)
+
+
+def _sources(config: G2SFConfig) -> tuple[Source, Source]:
+    """RGB and points, as the variant has them."""
+    if config.variant == "cnn+fpfh":
+        return (
+            Source.image(
+                RGB, config.image_network, outputs=config.rgb_outputs, norm=config.rgb_norm, size=config.rgb_size
+            ),
+            Source.fpfh(POINTS, xyz_resize=config.xyz_resize),
+        )
+    return (
+        Source.image(RGB, config.image_network, norm=config.rgb_norm, size=config.rgb_size),
+        Source.point(
+            POINTS,
+            config.point_backbone,
+            groups=config.groups,
+            group_size=config.group_size,
+            point_bn=config.point_bn,
+            fps_skip_origin=config.fps_skip_origin,
+            idw=config.idw,
+            xyz_resize=config.xyz_resize,
+        ),
+    )
+
+
+def _foreground(cells: Sequence[Cells]) -> BoolArray:
+    """Cells with points under them: the point feature is not zero."""
+    return cells[1].filled
+
+
+def _part(tell: SharedProgress, size: int) -> ProgressCallback:
+    """Callback of a part that takes `size` steps of the whole, whatever number it counts itself."""
+    inner = tell.part(size)
+    return lambda done, total: inner(size * done // max(total, 1), size)
+
+
+@lru_cache(maxsize=8)
+def _shape(source: Source) -> tuple[int, int]:
+    """Rows per sample and channels of a source, from the architecture."""
+    spec = source.spec
+    if spec.backbone == "fpfh":
+        return CELLS, 33
+    if spec.backbone != "timm":
+        return CELLS, 1152
+    from mmad_cli.backbones.specs import TimmParams
+    from mmad_cli.backbones.timm_backbone import output_shapes
+
+    shapes = output_shapes(TimmParams.model_validate(spec.params))
+    if "tokens" in shapes:
+        return int(shapes["tokens"][0]), int(shapes["tokens"][1])
+    return 28 * 28, sum(int(shape[0]) for shape in shapes.values())
+
+
+DEFINITION = MethodDefinition(
+    name="g2sf",
+    title="G2SF",
+    version=1,
+    config=G2SFConfig,
+    build=G2SF,
+    variants={
+        "dino+point_mae": "DINO tokens and Point-MAE (the published method)",
+        "cnn+fpfh": "outputs of a convolutional network and FPFH: no large weights",
+    },
+    default_variant="dino+point_mae",
+    modalities={"dino+point_mae": "RGB+3D", "cnn+fpfh": "RGB+3D"},
+    protocol="m3dm",
+    recipes={"official": {}, "corrected": CORRECTED},
+    source="arXiv 2503.10091",
+    libraries=("numpy", "scipy", "torch", "faiss", "pillow"),
+    notes=(
+        "Trains on pseudo anomalies of the training samples, whose features are extracted too: four more scans per "
+        "training sample, 800 per category at most (pseudo_per_sample, pseudo_samples).",
+        "The training takes minutes on a GPU and hours on a CPU at the published size; epochs and consistency_share "
+        "shorten it.",
+    ),
+)
