@@ -110,7 +110,7 @@ def _overlay(heat: MapTile, image: ByteArray | None, outline: BoolArray | None) 
         opacity = (_OPACITY[0] + (_OPACITY[1] - _OPACITY[0]) * share)[..., None]
         grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2)
         colours = opacity * colours + (1 - opacity) * grey
-    tile = np.rint(colours).astype(np.uint8)
+    tile: ByteArray = np.rint(colours).astype(np.uint8)
     if outline is not None:
         tile[outline] = _OUTLINE
     return tile
@@ -152,4 +152,4 @@ def _font(size: int) -> Any:
 
 
 def _text_length(text: str, size: int) -> int:
-    return round(_font(size).getlength(text))
+    return int(_font(size).getlength(text)) + 1

@@ -32,7 +32,7 @@ def board_runs(
     Pixel counts are made of the maps that a run folder holds and of the scans, for which the dataset must be found:
     the one named `data`, or the one that the run was made from. Only those of `categories`, where these are given.
     """
-    paths = [folder if folder.is_dir() else folder.parent for folder in folders]
+    paths = [folder.parent if folder.is_file() else folder for folder in folders]
     distinct = {path.resolve(): path for path in paths}
     return [_board_run(session, folder, categories, data, pixels) for folder in distinct.values()]
 

@@ -33,7 +33,7 @@ def show_sample(
     """
     from mmad_cli.reports.picture import MapTile, sample_picture
 
-    folder = folder if folder.is_dir() else folder.parent
+    folder = folder.parent if folder.is_file() else folder
     run = RunResult.from_disk(folder)
     name, scores = _find(run, folder, sample, category)
     pictures = RunPictures(session, run, folder, data)

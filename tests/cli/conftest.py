@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -54,3 +55,23 @@ def mmad_process() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, env=environment, check=False, **options)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def _finished(_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folders on the tiny dataset: `whole` with maps, `few-0` and `few-1` with two shots under two seeds."""
+    from mmad_cli.stages.api import evaluate
+
+    place = tmp_path_factory.mktemp("finished")
+    options: dict[str, Any] = {"method": "btf", "variant": "raw", "device": "cpu", "store": place / "store"}
+    evaluate(_tiny, **options, save_maps=True, out=place / "runs" / "whole")
+    for seed in (0, 1):
+        evaluate(_tiny, **options, shots=2, seed=seed, out=place / "runs" / f"few-{seed}")
+    return place / "runs"
+
+
+@pytest.fixture
+def finished_runs(mmad: Any, _finished: Path, _tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of these runs under `runs`, with their dataset in $MMAD_DATA and an empty store."""
+    monkeypatch.setenv("MMAD_DATA", str(_tiny))
+    return Path(shutil.copytree(_finished, "runs"))

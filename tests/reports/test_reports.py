@@ -173,7 +173,8 @@ def test_latex_escapes(nasty_run):
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
 def test_latex_compiles(nasty_run, run, other_run, comparison, tmp_path):
     tables = render([nasty_run, run, other_run], "latex", comparisons=[comparison])
-    document = rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{tables}\end{{document}}"
+    packages = tables.partition("\n")[0].removeprefix("% needs ")
+    document = rf"\documentclass{{article}}{packages}\begin{{document}}{tables}\end{{document}}"
     (tmp_path / "report.tex").write_text(document)
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "report.tex"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The gate on our own numbers: one method on a small synthetic dataset against ci/btf-fpfh.json. Ends as `mmad report`
+# does: 0 within tolerance, 1 when a number has moved, 3 when one is missing. Everything is computed anew, so that no
+# stored result hides a change. What it found is in build/gate: summary.md, junit.xml, report.html and the run.
+#
+# After a change that is meant to move numbers: ci/gate.sh --update, look at what moved, commit ci/btf-fpfh.json.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mmad=${MMAD:-.venv/bin/mmad}
+folder=build/gate
+reference=ci/btf-fpfh.json
+export MMAD_STORE=$folder/store
+
+rm -rf "$folder"
+"$mmad" synth "$folder/data" --category flange --category hose \
+    --train 6 --validation 1 --test-good 5 --test-defect 1 --size 160 --seed 0
+"$mmad" evaluate "$folder/data" --method btf --variant fpfh --device cpu --save-maps --out "$folder/run" >/dev/null
+
+if [ "${1:-}" = --update ]; then
+    exec "$mmad" report "$folder/run" --update-reference "$reference" --output "$folder/summary.md" --format markdown
+fi
+compare=("$folder/run" --against "$reference" --config ci/mmad.toml)
+code=0
+"$mmad" report "${compare[@]}" --format markdown --output "$folder/summary.md" || code=$?
+"$mmad" report "${compare[@]}" --format junit --output "$folder/junit.xml" || true
+"$mmad" report "${compare[@]}" --format html --output "$folder/report.html" --data "$folder/data" || true
+if [ "$code" = 0 ]; then
+    "$mmad" report "${compare[@]}" --metric i_auroc --metric p_auroc --metric aupro_30
+else
+    "$mmad" report "${compare[@]}" || true
+fi
+exit "$code"
