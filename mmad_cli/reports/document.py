@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mmad_cli.results.compare import Comparison, ComparisonRow
-from mmad_cli.results.metric_names import DEFAULT_METRICS, METRICS, check_metrics, higher_is_better, label
+from mmad_cli.results.metric_names import METRICS, check_metrics, default_metrics, higher_is_better, label
 from mmad_cli.results.schema import CategoryResult, RunResult
 from mmad_cli.results.seeds import SeedGroup, Spread, group_by_seed
 
@@ -92,7 +92,8 @@ def choose_metrics(runs: Sequence[RunResult], metrics: Sequence[str] | None) -> 
     found = dict.fromkeys(key for run in runs for result in run.categories.values() for key in result.metrics)
     if metrics:
         return check_metrics(metrics, "--metric", extra=found)
-    return [key for key in DEFAULT_METRICS if key in found] or list(found) or list(DEFAULT_METRICS)
+    usual = default_metrics(run.method.name for run in runs)
+    return [key for key in usual if key in found] or list(found) or list(usual)
 
 
 def run_label(run: RunResult) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmad_cli.errors import unknown_name
 from mmad_cli.results.compare import MEAN
-from mmad_cli.results.metric_names import DEFAULT_METRICS, METRICS, check_metrics, higher_is_better
+from mmad_cli.results.metric_names import DEFAULT_METRICS, METRICS, check_metrics, default_metrics, higher_is_better
 from mmad_cli.results.reference import DATASET_CATEGORIES, Reference, fold, match_category
 from mmad_cli.results.runs import SampleScore
 from mmad_cli.results.schema import RunResult
@@ -57,6 +57,8 @@ class BoardRun:
     modality: str = ""
     scores: Mapping[str, Sequence[SampleScore]] = field(default_factory=dict)
     pixels: Mapping[str, PixelCounts] = field(default_factory=dict)
+    # counts of the maps as AUPRO reads them, of methods that scale them for it
+    aupro_pixels: Mapping[str, PixelCounts] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def _usual_metrics(rows: Sequence[Row]) -> list[str]:
     """The metrics of print, or where there is none the usual ones that any row has."""
     printed = {key for row in rows if row.published for key in row.scores}
     has = printed or {key for row in rows for key, score in row.scores.items() if score.value is not None}
-    chosen = METRICS if printed else DEFAULT_METRICS
+    chosen = METRICS if printed else default_metrics({row.method for row in rows})
     return [key for key in chosen if key in has] or list(DEFAULT_METRICS[:1])
 
 
@@ -384,6 +386,9 @@ def _draw(member: BoardRun, category: str, draws: int) -> dict[str, NDArray[Any]
         found |= image_draws(labels, [sample.image_score for sample in member.scores[category]], weights)
     if category in member.pixels:
         found |= pixel_draws(member.pixels[category], weights)
+    if category in member.aupro_pixels:
+        scaled = pixel_draws(member.aupro_pixels[category], weights)
+        found |= {key: values for key, values in scaled.items() if key.startswith("aupro")}
     return found
 
 

@@ -44,6 +44,15 @@ _ALL = (
 METRICS: dict[str, MetricName] = {metric.key: metric for metric in _ALL}
 
 DEFAULT_METRICS = ("i_auroc", "p_auroc", "aupro_30", "aupro_30_grid100", "aupro_01")
+# methods whose published AUPRO is made with 99 thresholds; that of the others with 100
+_OF_99_THRESHOLDS = frozenset({"cfm", "mafr", "cmdr_iad"})
+
+
+def default_metrics(methods: Iterable[str]) -> tuple[str, ...]:
+    """Columns for runs of these methods: the AUPRO rule that their published numbers were made with stands in them."""
+    rules = {99 if method in _OF_99_THRESHOLDS else 100 for method in methods} or {100}
+    grids = tuple(f"aupro_30_grid{rule}" for rule in sorted(rules, reverse=True))
+    return tuple(key for one in DEFAULT_METRICS for key in (grids if one == "aupro_30_grid100" else (one,)))
 
 
 def label(key: str) -> str:

@@ -44,14 +44,17 @@ def _board_run(
     chosen = [name for name, result in run.categories.items() if result.status == "ok"]
     scores = {name: found for name in chosen if (found := _scores(session, folder / safe_name(name) / SCORES))}
     counts: dict[str, PixelCounts] = {}
+    scaled: dict[str, PixelCounts] = {}
     if pixels and not run.full_resolution:
         pictures = RunPictures(session, run, folder, data)
         for name, samples in scores.items():
             if (folder / safe_name(name) / MAPS).is_file() and (not categories or name in categories):
                 counted = _count(session, pictures, name, samples)
                 if counted is not None:
-                    counts[name] = counted
-    return BoardRun(run, _modality(run), scores, counts)
+                    counts[name] = counted[0]
+                    if counted[1] is not None:
+                        scaled[name] = counted[1]
+    return BoardRun(run, _modality(run), scores, counts, scaled)
 
 
 def _scores(session: Session, file: Path) -> list[SampleScore]:
@@ -65,12 +68,13 @@ def _scores(session: Session, file: Path) -> list[SampleScore]:
 
 def _count(
     session: Session, pictures: RunPictures, category: str, samples: Sequence[SampleScore]
-) -> PixelCounts | None:
+) -> tuple[PixelCounts, PixelCounts | None] | None:
+    """Counts of the maps, and of the maps as AUPRO reads them where the method scales them for it."""
     from mmad_cli.metrics.bootstrap import count_pixels
 
     if not pictures.any_scenes:
         return None
-    masks, maps = [], []
+    masks, maps, scales = [], [], []
     with session.reporter.task(f"{category}: reading maps", len(samples)) as advance:
         for done, sample in enumerate(samples, start=1):
             scene, scored = pictures.scene(category, sample.id), pictures.anomaly_map(category, sample.id)
@@ -78,9 +82,13 @@ def _count(
                 return None
             masks.append(scene.mask)
             maps.append(scored.values)
+            scales.append(scored.aupro_scale)
             advance(done, len(samples))
     try:
-        return count_pixels(masks, maps)
+        counts = count_pixels(masks, maps)
+        if all(scale == 1.0 for scale in scales):
+            return counts, None
+        return counts, count_pixels(masks, [one * scale for one, scale in zip(maps, scales, strict=True)])
     except ValueError:
         # no defect pixel in any mask: the metrics are undefined too
         return None

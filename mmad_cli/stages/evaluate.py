@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 RUNS = "runs"
 MAPS = "maps.safetensors"
+# in the metadata of that file: what AUPRO multiplies maps by, as JSON by sample id, where that is not 1
+AUPRO_SCALES = "aupro_scale"
 
 
 def evaluate(session: Session, request: EvaluateRequest) -> tuple[RunResult, Path]:
@@ -252,8 +255,10 @@ def _write_category_files(
     if lost:
         for ref, prediction in zip(plan.samples.test, predictions(session, plan, prepared.run, None), strict=True):
             found[ref.id] = prediction
-    maps = {id_: prediction.anomaly_map for id_, prediction in found.items() if prediction is not None}
-    atomic_write(folder / MAPS, save(maps))
+    known = {id_: prediction for id_, prediction in found.items() if prediction is not None}
+    maps = {id_: prediction.anomaly_map for id_, prediction in known.items()}
+    scales = {id_: prediction.aupro_scale for id_, prediction in known.items() if prediction.aupro_scale != 1.0}
+    atomic_write(folder / MAPS, save(maps, metadata={AUPRO_SCALES: json.dumps(scales)} if scales else None))
 
 
 def _check_out(folder: Path, dataset: Dataset) -> None:

@@ -7,12 +7,13 @@ is still where it was.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from mmad_cli.reports.html import RunInput, Scene, ScoredMap
 from mmad_cli.results.runs import SCORES, SampleScore, read_scores
 from mmad_cli.results.schema import RunResult
 from mmad_cli.stages.clean import CleanJob, load_clean
-from mmad_cli.stages.evaluate import MAPS
+from mmad_cli.stages.evaluate import AUPRO_SCALES, MAPS
 from mmad_cli.stages.plan import CategorySamples, Selection, clean_jobs, plan_category, select_samples
 from mmad_cli.stages.session import Session
 from mmad_cli.store import Artefact, CorruptArtefactError, RawIndex
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from mmad_cli.results.compare import Comparison
 
 DATA_VARIABLE = "MMAD_DATA"
+# maps by sample id, None without a file, and what AUPRO multiplies them by
+SavedMaps = tuple[Mapping[str, FloatArray] | None, Mapping[str, float]]
 # The options of `mmad evaluate` that name a folder which is no dataset
 _FOLDER_OPTIONS = ("--out", "--store")
 
@@ -89,7 +92,7 @@ class RunPictures:
     run: RunResult
     folder: Path
     data: Path | None = None
-    _maps: dict[str, Any] = field(default_factory=dict, repr=False)
+    _maps: dict[str, SavedMaps] = field(default_factory=dict, repr=False)
 
     @property
     def scene_key(self) -> str:
@@ -133,8 +136,10 @@ class RunPictures:
             else:
                 scale = tensors.get("aupro_scale")
                 return ScoredMap(tensors["anomaly_map"], 1.0 if scale is None else float(np.ravel(scale)[0]))
-        kept = self._saved(category)
-        return None if kept is None or sample not in kept else ScoredMap(np.asarray(kept[sample], dtype=np.float32))
+        kept, scales = self._saved(category)
+        if kept is None or sample not in kept:
+            return None
+        return ScoredMap(np.asarray(kept[sample], dtype=np.float32), scales.get(sample, 1.0))
 
     def notes(self, categories: Sequence[str]) -> list[str]:
         """What is not shown and how to get it."""
@@ -157,24 +162,25 @@ class RunPictures:
     def _maps_file(self, category: str) -> Path:
         return self.folder / safe_name(category) / MAPS
 
-    def _saved(self, category: str) -> dict[str, Any] | None:
+    def _saved(self, category: str) -> SavedMaps:
         if category not in self._maps:
             # one category at a time: all of a dataset's maps are not needed at once
             self._maps = {category: self._read_maps(self._maps_file(category))}
-        kept: dict[str, Any] | None = self._maps[category]
-        return kept
+        return self._maps[category]
 
-    def _read_maps(self, file: Path) -> dict[str, Any] | None:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
+    def _read_maps(self, file: Path) -> SavedMaps:
+        from safetensors import SafetensorError, safe_open
 
         try:
-            return load(file.read_bytes())
+            with safe_open(str(file), framework="np") as opened:
+                maps = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                scales = json.loads((opened.metadata() or {}).get(AUPRO_SCALES, "{}"))
         except FileNotFoundError:
-            return None
+            return None, {}
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             self.session.reporter.notice(f"{file}: cannot be read: {error}")
-            return None
+            return None, {}
+        return maps, scales
 
     @cached_property
     def _predictions(self) -> dict[str, dict[str, Artefact]]:

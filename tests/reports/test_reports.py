@@ -60,6 +60,17 @@ def test_columns_are_the_default_metrics_that_the_run_has(run, name):
     assert "I-AP" not in text and "AUPRO@1%" not in text
 
 
+def test_columns_have_the_aupro_rule_of_the_methods(run):
+    result = run.categories["bagel"].model_copy(update={"metrics": {"aupro_30_grid100": 0.8, "aupro_30_grid99": 0.81}})
+    method = run.method.model_copy(update={"name": "mafr"})
+    of_99 = run.model_copy(update={"method": method, "categories": {"bagel": result}})
+    of_100 = run.model_copy(update={"categories": {"bagel": result}})
+    assert "grid 99" in render([of_99], "markdown") and "grid 100" not in render([of_99], "markdown")
+    assert "grid 100" in render([of_100], "markdown") and "grid 99" not in render([of_100], "markdown")
+    both = render([of_99, of_100], "markdown")
+    assert "grid 99" in both and "grid 100" in both
+
+
 def test_markdown_of_one_run_is_a_table(run):
     (rows,) = markdown_tables(render([run], "markdown"))
     assert rows[0] == ["category", "I-AUROC", "P-AUROC", "AUPRO@30% (grid 100)"]

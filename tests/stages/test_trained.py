@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from mmad_cli.errors import UsageError
@@ -17,6 +19,8 @@ from mmad_cli.methods.btf import BTF, DEFINITION
 from mmad_cli.methods.mapping.trainer import TrainerConfig, train
 from mmad_cli.results.schema import RunResult
 from mmad_cli.stages import api
+from mmad_cli.stages.pictures import RunPictures
+from mmad_cli.stages.session import Session
 from mmad_cli.store import Store
 
 EPOCHS = 4
@@ -147,6 +151,17 @@ def test_aupro_reads_the_scaled_maps(
     plain = evaluate("plain").categories["cube"].metrics
     assert with_scale["aupro_30"] != plain["aupro_30"]
     assert with_scale["p_auroc"] == plain["p_auroc"]
+
+
+def test_saved_maps_know_what_aupro_multiplies_them_by(evaluate: Callable[..., RunResult], tmp_path: Path) -> None:
+    result = evaluate("run", save_maps=True)
+    with safe_open(str(tmp_path / "run/cube/maps.safetensors"), framework="np") as file:
+        scales = json.loads(file.metadata()["aupro_scale"])
+        assert set(scales) == set(file.keys()) and all(0 < scale < 1 for scale in scales.values())
+    with Session(Store(tmp_path / "empty-store")) as session:
+        pictures = RunPictures(session, result, tmp_path / "run", tmp_path / "nowhere")
+        found = pictures.anomaly_map("cube", next(iter(scales)))
+    assert found is not None and found.aupro_scale == next(iter(scales.values()))
 
 
 def test_a_fitted_state_goes_out_and_comes_back(

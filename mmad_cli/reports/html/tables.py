@@ -52,7 +52,8 @@ def _table(header: Sequence[str], rows: Sequence[str], foot_from: int | None = N
     heads = "".join(
         element(
             "th",
-            text_element("button", name, type="button"),
+            # a remark in brackets goes on a line of its own, so that the column stays narrow
+            text_element("button", name.replace(" (", "\n("), type="button"),
             {"scope": "col", "aria-sort": "none", "class": "text" if index < text_columns else None},
         )
         for index, name in enumerate(header)

@@ -194,9 +194,9 @@ function drawHistogram() {
     return;
   }
   const narrow = holder.clientWidth > 0 && holder.clientWidth < 600;
-  const width = narrow ? 420 : 1100;
-  const labelWidth = narrow ? 96 : ROW.label;
-  const rightWidth = narrow ? 74 : ROW.right;
+  const width = narrow ? 350 : 1100;
+  const labelWidth = narrow ? 88 : ROW.label;
+  const rightWidth = narrow ? 82 : ROW.right;
   const defects = defectsOf(result);
   const height = defects.length * ROW.height + 30;
   const [low, high] = scoreRange(result);
@@ -205,7 +205,7 @@ function drawHistogram() {
   histogram.toScore = (x) => low + (clamp(x - labelWidth, 0, plotWidth) / plotWidth) * (high - low);
   const plot = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img",
     "aria-label": `Histograms of the image scores of ${state.category}, a row per defect type` });
-  const bins = narrow ? 24 : BINS;
+  const bins = narrow ? 20 : BINS;
   const counts = new Map(defects.map((name) => [name, new Array(bins).fill(0)]));
   for (const sample of result.samples) {
     counts.get(sample.defect)[clamp(Math.floor(((sample.score - low) / (high - low)) * bins), 0, bins - 1)] += 1;

@@ -67,7 +67,7 @@ function drawCostBars() {
     const longest = Math.max(...rows.map(total), 1e-9);
     const names = [...new Set(rows.flatMap((row) => stages(row).map((cell) => cell.dataset.stage)))];
     const head = el("th", { scope: "col", class: "text" }, "share of the time");
-    head.style.padding = ".25rem .6rem";
+    head.style.padding = ".25rem .5rem";
     holder.querySelector("thead tr").append(head);
     for (const row of rows) {
       const bars = el("div", { class: "bars", "aria-hidden": "true" });
