@@ -22,19 +22,29 @@ _TILE_ELEMENTS = 1 << 22
 _RELATIVE_ERROR = 2e-6
 
 
-def expanded_distances(queries: NDArray[Any], rows: NDArray[Any]) -> FloatArray:
+def expanded_distances(
+    queries: NDArray[Any],
+    rows: NDArray[Any],
+    query_norms: FloatArray | None = None,
+    row_norms: FloatArray | None = None,
+) -> FloatArray:
     """Distance of each query to the row at its place, float32 (n,), by expansion in float32; queries, rows (n, C).
 
     What PyTorch's `cdist` computes by one matrix product of (-2a, |a|^2, 1) with (b, 1, |b|^2), negative squares set
     to 0, here in one order on every machine: products are added in turn by fused multiply-add, 192 to a partial sum,
     and the partial sums in turn. That is the order of Intel MKL with AVX2, bit for bit; with AVX-512 it takes 384, and
-    the noise is about 1.4 times larger. Raises ValueError for other or unequal shapes.
+    the noise is about 1.4 times larger. query_norms, row_norms (n,): `squared_norms` of both, where they are known.
+    Raises ValueError for other or unequal shapes.
     """
     a, b = np.asarray(queries, dtype=np.float32), np.asarray(rows, dtype=np.float32)
     if a.ndim != 2 or a.shape != b.shape:
         raise ValueError(f"queries, rows: must have one shape (n, C), got {a.shape} and {b.shape}")
-    tiles = [_expanded_squares(a[i : i + _PAIRS], b[i : i + _PAIRS]) for i in range(0, len(a), _PAIRS)]
-    squares = np.concatenate(tiles) if tiles else np.empty(0, np.float32)
+    a_norms = squared_norms(a) if query_norms is None else query_norms
+    b_norms = squared_norms(b) if row_norms is None else row_norms
+    squares = np.empty(len(a), dtype=np.float32)
+    for i in range(0, len(a), _PAIRS):
+        part = slice(i, i + _PAIRS)
+        squares[part] = _expanded_squares(a[part], b[part], a_norms[part], b_norms[part])
     return np.asarray(np.sqrt(np.maximum(squares, 0)), dtype=np.float32)
 
 
@@ -55,7 +65,7 @@ def largest_error(first: NDArray[Any], second: NDArray[Any]) -> FloatArray:
     return np.asarray(_RELATIVE_ERROR * (first + second), dtype=np.float32)
 
 
-def _expanded_squares(a: FloatArray, b: FloatArray) -> FloatArray:
+def _expanded_squares(a: FloatArray, b: FloatArray, a_norms: FloatArray, b_norms: FloatArray) -> FloatArray:
     """|a|^2 + |b|^2 - 2ab float32 (n,), which may be negative."""
     n, channels = a.shape
     blocks = -(-(channels + 2) // _BLOCK)
@@ -63,8 +73,8 @@ def _expanded_squares(a: FloatArray, b: FloatArray) -> FloatArray:
     right = np.zeros_like(left)
     left[:channels], right[:channels] = a.T, b.T
     left[:channels] *= np.float32(-2)
-    left[channels], right[channels] = squared_norms(a), 1
-    left[channels + 1], right[channels + 1] = 1, squared_norms(b)
+    left[channels], right[channels] = a_norms, 1
+    left[channels + 1], right[channels + 1] = 1, b_norms
     left, right = left.reshape(blocks, _BLOCK, n), right.reshape(blocks, _BLOCK, n)
     sums = np.zeros((blocks, n), dtype=np.float32)
     exact = np.empty((blocks, n), dtype=np.float64)

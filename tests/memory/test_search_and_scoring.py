@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmad_cli.memory import FlatIndex, patch_distances, reweighted_score
+from mmad_cli.memory import FlatIndex, expanded_distances, patch_distances, reweighted_score
 
 # eps of each published variant (section "scores" of its code) and the divisor of the two-bank variant
 VARIANTS = {
@@ -68,6 +68,62 @@ def test_published_distances_and_neighbours(golden, bank, backend):
 
 
 @pytest.mark.parametrize("bank", ["rgb", "xyz"])
+def test_published_distances_bit_for_bit(golden, bank):
+    """Squares are equal to the last bit, noise at exact hits included; the published square root errs by one unit."""
+    case = golden[f"scoring_{bank}"]
+    distances, indices = patch_distances(case["patch"], FlatIndex(case["bank"]), "expanded")
+    hits = case["min_dist_f64"] < 1e-3
+    assert case["min_dist"][hits].max() > 3e-3
+    np.testing.assert_array_equal(distances[hits], case["min_dist"][hits])
+    np.testing.assert_array_max_ulp(distances, case["min_dist"], maxulp=1)
+    np.testing.assert_array_equal(indices, case["min_idx"])
+
+
+def test_expansion_adds_up_in_blocks():
+    """Each product and sum in turn, rounded once; partial sums of 192 products."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((5, 400)).astype(np.float32)
+    queries = rows + np.float32(1e-3) * rng.standard_normal((5, 400)).astype(np.float32)
+    squares = []
+    for a, b in zip(queries, rows, strict=True):
+        norms = [np.float32(torch.from_numpy(x).pow(2).sum().item()) for x in (a, b)]
+        factors = [(-2 * x, y) for x, y in zip(a, b, strict=True)] + [(norms[0], 1), (1, norms[1])]
+        total = np.float32(0)
+        for begin in range(0, len(factors), 192):
+            part = np.float32(0)
+            for x, y in factors[begin : begin + 192]:
+                part = np.float32(float(x) * float(y) + float(part))
+            total += part
+        squares.append(max(total, np.float32(0)))
+    distances = expanded_distances(queries, rows)
+    np.testing.assert_array_equal(distances, np.sqrt(np.array(squares, np.float32)))
+    assert (np.abs(distances - np.linalg.norm(queries - rows, axis=1)) > 1e-5).any()
+
+
+def test_expansion_agrees_with_pytorch_but_for_rounding(clustered):
+    """The order of PyTorch's own products depends on the processor."""
+    rows, queries = clustered(600, 700), clustered(40, 700, seed=1)
+    queries = np.concatenate([queries, rows[:40]])
+    expected = torch.cdist(*map(torch.from_numpy, (queries, rows))).numpy().min(1)
+    distances, indices = patch_distances(queries, FlatIndex(rows), "expanded")
+    np.testing.assert_allclose(distances**2, expected**2, atol=4e-6 * float((rows**2).sum(1).max()))
+    np.testing.assert_array_equal(indices[40:], np.arange(40))
+    assert 0 < distances[40:].max() < 0.1
+
+
+@pytest.mark.parametrize("seed", [1, 9])
+def test_expansion_prefers_what_rounding_makes_smallest(seed):
+    """Among rows that rounding cannot tell apart the smaller rounded distance wins, then the smaller index."""
+    rng = np.random.default_rng(seed)
+    row = 10 * rng.standard_normal(500).astype(np.float32)
+    rows = np.concatenate([[row + 50], row + np.float32(1e-4) * rng.standard_normal((2, 500)).astype(np.float32)])
+    rounded = expanded_distances(np.repeat(row[None], 3, 0), rows)
+    distances, indices = patch_distances(row[None], FlatIndex(rows), "expanded")
+    assert distances[0] == rounded.min() and indices[0] == rounded.argmin()
+    assert indices[0] != np.linalg.norm(rows - row, axis=1).argmin()
+
+
+@pytest.mark.parametrize("bank", ["rgb", "xyz"])
 @pytest.mark.parametrize("form", ["exact", "stable"])
 def test_published_scores(golden, bank, form):
     case = golden[f"scoring_{bank}"]
@@ -116,6 +172,13 @@ def test_errors_name_the_argument():
         FlatIndex(np.zeros((2, 2)), backend="annoy")
     with pytest.raises(ValueError, match="form"):
         reweighted_score(np.zeros((1, 2)), index, np.zeros(1), np.zeros(1, int), form="other")
+    with pytest.raises(ValueError, match="form"):
+        patch_distances(np.zeros((1, 2)), index, "other")
+    with pytest.raises(ValueError, match="queries, rows"):
+        expanded_distances(np.zeros((1, 2)), np.zeros((2, 2)))
+    with pytest.raises(ValueError, match="queries"):
+        patch_distances(np.zeros((1, 3)), index, "expanded")
+    assert expanded_distances(np.zeros((0, 2)), np.zeros((0, 2))).shape == (0,)
     with pytest.raises(ValueError, match="distances"):
         reweighted_score(np.zeros((1, 2)), index, np.zeros(2), np.zeros(1, int))
     assert index.nearest(np.zeros((0, 2)), 1)[0].shape == (0, 1)

@@ -29,14 +29,23 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "fusion_uff_single": ("fusion", {}),
     "double_multiple": ("dino+point_mae", {}),
     "double_add_multiple": ("dino+point_mae+add", {}),
+    # what these leave out, the fusion block and decision fusion, is not used: a block that nobody trained is no error
+    "double_uffflag_multiple": ("dino+point_mae", {"uff": "retrained"}),
+    "double_add_single": ("dino+point_mae+add", {"dlf_fit": "validation"}),
     "triple_uff_multiple": (THREE, {}),
     "triple_uff_asy2": (THREE, {"asy_memory_bank": 2}),
     "triple_uff_pointbert": (THREE, {"point_backbone": "point_bert"}),
     "triple_uff_g64n256": (THREE, {"groups": 256, "group_size": 64}),
 }
 
+# runs whose published numbers are those of another
+SAME = {"double_uffflag_multiple": "double_multiple", "double_add_single": "double_add_multiple"}
 # the other runs differ from these in what comes before the selection, which the stored picks test
-OWN_PICKS = [name for name in RUNS if not name.startswith("triple") or name == "triple_uff_multiple"]
+OWN_PICKS = [
+    name for name in RUNS if name not in SAME and (not name.startswith("triple") or name == "triple_uff_multiple")
+]
+# a grey level of one of their maps is 2.008 and 2.041 steps of the blurred maximum, of all others less than 2
+COARSE_MAPS = {"pointmae_single": 2.02, "pointmae_single_rmzero": 2.25}
 
 Golden = Callable[[str], dict[str, np.ndarray]]
 
@@ -74,29 +83,39 @@ def published_picks(monkeypatch: pytest.MonkeyPatch, expected: dict[str, np.ndar
     monkeypatch.setattr(coreset, "greedy_coreset", stored)
 
 
-def maxima_before_blur(method: Any, sample: GeneratedSample) -> list[float]:
-    """Largest patch distance per bank: what the 256 levels of the published blur are relative to."""
-    return [
-        float(patch_distances(method.banks_[name].normalise(rows), method.banks_[name].index)[0].max())
-        for name, (rows, _) in method._patches(sample).items()
-    ]
-
-
-def check_maps(method: Any, samples: Sequence[GeneratedSample], maps: list[np.ndarray], expected: np.ndarray) -> None:
-    """Maps agree within two 8-bit steps: of a bank's maximum, weighted as the maps are joined."""
+def level(method: Any, sample: GeneratedSample) -> float:
+    """One grey level of the published blur: 1/255 of the largest patch distance per bank, joined as the maps are."""
     weight = np.ones(len(method.config.parts))
     if method.fusion_ is not None:
         weight = method.fusion_.pixel * [method.config.map_lambda(name) for name in method.config.parts]
+    maxima = [
+        float(patch_distances(method.banks_[name].normalise(rows), method.banks_[name].index)[0].max())
+        for name, (rows, _) in method._patches(sample).items()
+    ]
+    return float(weight @ maxima) / 255
+
+
+def check_maps(
+    method: Any, samples: Sequence[GeneratedSample], maps: list[np.ndarray], expected: np.ndarray, steps: float = 2
+) -> None:
+    """Maps agree within one grey level, and within so many steps of 1/255 of their own maximum.
+
+    One level is what the last bits of a feature may cost, as distances are cut to 8 bits before the blur: our own
+    features changed by 1e-7 move every map by one. The blurred maximum is smaller than the one that levels divide, so
+    a level is up to 2.04 steps.
+    """
     for sample, ours, published in zip(samples, maps, expected, strict=True):
-        step = float(weight @ maxima_before_blur(method, sample)) / 255
-        assert np.abs(ours[::8, ::8] - published).max() <= 2 * step
+        error = np.abs(ours[::8, ::8] - published).max()
+        # the tenth is for the maximum, which differs too
+        assert error <= 1.1 * level(method, sample)
+        assert error <= steps * ours.max() / 255
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_published_run_with_its_picks(
     golden: Golden, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    expected, at = golden(f"e2e/{name}"), golden("e2e")["map_samples"]
+    expected, at = golden(f"e2e/{SAME.get(name, name)}"), golden("e2e")["map_samples"]
     published_picks(monkeypatch, expected)
     method, test = run(*RUNS[name])
     for bank in method.config.parts:
@@ -105,10 +124,16 @@ def test_published_run_with_its_picks(
         if f"norm{which}_mean" in expected:
             assert method.banks_[bank].mean_ == pytest.approx(float(expected[f"norm{which}_mean"]), abs=1e-6)
             assert method.banks_[bank].std_ == pytest.approx(float(expected[f"norm{which}_std"]), rel=1e-5)
+    if method.fusion_ is not None:
+        # with exact distances, the point coefficient of these maps is off by more than 1e-3
+        maps_within = 8e-4 if name.endswith("_multiple") else 3e-3
+        np.testing.assert_allclose(method.fusion_.image, expected["detect_coef"], rtol=1e-3)
+        np.testing.assert_allclose(method.fusion_.pixel, expected["seg_coef"], rtol=maps_within)
     predictions = [method.predict(sample) for sample in test]
     scores = [prediction.image_score for prediction in predictions]
     np.testing.assert_allclose(scores, expected["image_scores"].ravel(), rtol=1e-3)
-    check_maps(method, [test[i] for i in at], [predictions[i].anomaly_map for i in at], expected["map"])
+    maps = [predictions[i].anomaly_map for i in at]
+    check_maps(method, [test[i] for i in at], maps, expected["map"], COARSE_MAPS.get(name, 2))
 
 
 @pytest.mark.parametrize("name", OWN_PICKS)
@@ -125,23 +150,35 @@ def test_published_metrics_with_own_picks(
     assert aupro(golden_masks, maps, 0.3, 100) == pytest.approx(float(expected["au_pro"]), abs=0.02)
 
 
-def test_published_run_without_a_selection(golden: Golden, run: Callable[..., Any]) -> None:
-    """All rows kept: each bank's score, and the joined result with the published weights.
+def test_published_run_without_a_selection(golden: Golden, run: Callable[..., Any], golden_masks: np.ndarray) -> None:
+    """All rows kept: training samples lie in the banks, and decision fusion learns from rounding noise.
 
-    Training samples lie in the banks and score exactly 0 here. The published distances of equal vectors are rounding
-    noise of about 0.01, from which its weights were learned, so the weights themselves cannot be compared.
+    The noise has the published size, but no feature is equal to the last bit, so its values differ: our own features
+    changed by 6e-7 move the image scores by 4 % and the weights by 15 %. With the published weights, scores and maps
+    agree as those of any other run.
     """
     expected, at = golden("e2e/triple_uff_nocoreset"), golden("e2e")["map_samples"]
-    with pytest.warns(UserWarning, match="fixed weights"):
+    with pytest.warns(UserWarning, match="rounding noise"):
         method, test = run(THREE, {"coreset_fraction": 1.0})
     assert [size.rows for size in method.banks().values()] == [15681, 3920, 15680]
+    scores = [method.bank_scores(sample) for sample in test]
+    raw = [[score.image_score for score in one] for one in scores]
+    np.testing.assert_allclose(raw, expected["raw_s_test"], rtol=1e-3)
+    rows, maps = zip(*(method._weighted(one) for one in scores), strict=True)
+    published = expected["image_scores"].ravel()
+
+    learned = method.fusion_
+    np.testing.assert_allclose(learned.image, expected["detect_coef"], rtol=0.2)
+    np.testing.assert_allclose(learned.pixel, expected["seg_coef"], rtol=0.25)
+    image_scores = np.array([learned.image_score(row) for row in rows])
+    np.testing.assert_allclose(image_scores, published, rtol=0.08)
+    np.testing.assert_array_equal(np.argsort(image_scores), np.argsort(published))
+    joined = np.stack([learned.anomaly_map(one) for one in maps])
+    assert image_auroc(LABELS, image_scores) == float(expected["image_rocauc"])
+    assert pixel_auroc(golden_masks, joined) == pytest.approx(float(expected["pixel_rocauc"]), abs=1e-3)
+    assert aupro(golden_masks, joined, 0.3, 100) == pytest.approx(float(expected["au_pro"]), abs=1e-3)
+
     method.fusion_ = DecisionFusion(expected["detect_coef"], expected["seg_coef"])
-    chosen = [test[i] for i in at]
-    for i, sample in zip(at, chosen, strict=True):
-        raw = [score.image_score for score in method.bank_scores(sample)]
-        np.testing.assert_allclose(raw, expected["raw_s_test"][i], rtol=1e-3)
-        image_row = np.array([method.config.image_lambda(name) for name in method.config.parts]) * raw
-        joined = method.fusion_.image_score(image_row)
-        assert joined == pytest.approx(float(expected["image_scores"].ravel()[i]), rel=1e-3)
-    maps = [method.predict(sample).anomaly_map for sample in chosen]
-    check_maps(method, chosen, maps, expected["map"])
+    np.testing.assert_allclose([method.fusion_.image_score(row) for row in rows], published, rtol=1e-3)
+    chosen = [method.fusion_.anomaly_map(maps[i]) for i in at]
+    check_maps(method, [test[i] for i in at], chosen, expected["map"])

@@ -214,12 +214,28 @@ def test_decision_fusion_learns_from_the_validation_split(make_method: Make, fea
 
 
 def test_full_banks_do_not_lose_the_scores(make_method: Make, features_for: Features) -> None:
-    """With all rows kept, training samples score 0 and there is nothing to learn from."""
-    method = make_method("dino+point_mae", coreset_fraction=1.0)
+    """With all rows kept, training samples score exactly 0 and there is nothing to learn from."""
+    method = make_method("dino+point_mae", coreset_fraction=1.0, distances="direct")
     with pytest.warns(UserWarning, match="fixed weights"):
         method.fit(features_for(method, 1), NOTHING, seed=0)
     np.testing.assert_array_equal(method.fusion_.image, [1.0, 0.1])
     assert method.predict(features_for(method, 1, "test")[0]).image_score > 0
+
+
+def test_full_banks_teach_the_rounding_of_published_distances(make_method: Make, features_for: Features) -> None:
+    method = make_method("dino+point_mae", coreset_fraction=1.0)
+    train = features_for(method, 1)
+    with pytest.warns(UserWarning, match="rounding noise"):
+        method.fit(train, NOTHING, seed=0)
+    assert (method.fusion_.image > 0).all() and (method.fusion_.image < 0.01).all()
+    # the point features have few channels, and the noise grows with them
+    assert 0 < method.bank_scores(train[0])[1].anomaly_map.max() < 0.1
+    assert method.predict(features_for(method, 1, "test")[0]).image_score > 0
+
+
+@pytest.mark.parametrize(("recipe", "distances"), [("official", "expanded"), ("corrected", "direct")])
+def test_distances_of_the_recipes(make_method: Make, recipe: str, distances: str) -> None:
+    assert make_method(recipe=recipe).config.distances == distances
 
 
 def test_progress_is_one_count(make_method: Make, features_for: Features) -> None:
@@ -320,7 +336,7 @@ def test_other_grids_pass_the_common_checks(variant: str, side: int) -> None:
 def test_banks_of_another_grid(make_method: Make) -> None:
     method = make_method(THREE, coreset_fraction=1.0, norm="per_bank", zero_row="filtered")
     train = [generated_sample(method.features(), f"train/good/{i}", with_grid(37)) for i in range(2)]
-    with pytest.warns(UserWarning, match="fixed weights"):
+    with pytest.warns(UserWarning, match="rounding noise"):
         method.fit(GeneratedFeatures(train), NOTHING, seed=0)
     sizes = {name: size.rows for name, size in method.banks().items()}
     assert (sizes["rgb"], sizes["fused"]) == (2 * 37 * 37, 2 * 3136)
