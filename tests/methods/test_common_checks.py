@@ -14,13 +14,15 @@ from mmad_cli.methods.checks import MethodCheckError, check_method
 # settings that keep a check quick; they change sizes, not what is computed
 SMALL = {
     "cfm": {"epochs": 1, "grid": 32},
+    "cmdr_iad": {"epochs": 1, "grid": 16},
     # without the published fusion block, which is made for wider features; the coreset is a third of the default's
     "m3dm": {"uff": "concat", "coreset_fraction": 0.03},
+    "mafr": {"epochs": 1, "grid": 32},
     "patchcore": {"pretrain_dim": 16, "target_dim": 16, "projection_dim": 8},
 }
 
-# dense SIFT takes a quarter of a second per image
-SLOW = {("btf", "sift")}
+# dense SIFT takes a quarter of a second per image, the four networks of CMDR-IAD a second to train
+SLOW = {("btf", "sift"), ("cmdr_iad", "rgb+3d")}
 
 CASES = [
     pytest.param(

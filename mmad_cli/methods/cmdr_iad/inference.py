@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmad_cli.methods.cfm import chord_lengths
 from mmad_cli.methods.cmdr_iad.networks import (
     RGB_WIDTH,
     STREAMS,
@@ -28,7 +27,11 @@ from mmad_cli.methods.cmdr_iad.networks import (
     RGBDecoder,
     square_side,
 )
+from mmad_cli.methods.cmdr_iad.scan import DenseScan, Scan
 from mmad_cli.methods.mapping.scoring import smooth
+
+# features shorter than this are not scaled to length 1
+LENGTH_EPS = 1e-12
 
 # box means that the reconstruction error of RGB goes through before it is joined with anything
 RGB_SMOOTHING = (5, 5, 5, 7, 7)
@@ -98,50 +101,57 @@ def errors(
     networks: in evaluation mode; rgb (N, C_rgb), points (N, C_pt), in raster order; valid bool (N,). A stream that no
     network needs may be None. Raises ValueError for one that is missing.
     """
+    return scan_errors(networks, DenseScan(rgb, points, valid))
+
+
+def scan_errors(networks: Mapping[NetworkName, nn.Module], scan: Scan) -> dict[NetworkName, Tensor]:
+    """`errors` of a scan, however its features come."""
     found: dict[NetworkName, Tensor] = {}
-    for name, network in networks.items():
-        inputs, targets = (_stream(which, rgb, points) for which in STREAMS[name])
-        with torch.inference_mode():
-            found[name] = _spread(_row_errors(network, inputs, targets, valid), valid)
+    with torch.inference_mode():
+        for name, network in networks.items():
+            source, target = STREAMS[name]
+            match network:
+                case Mapper():
+                    values = mapping_errors(network, scan.first(source, network.input), scan.observed(target))
+                case RGBDecoder():
+                    values = rgb_reconstruction_errors(network, scan)
+                case PointDecoder():
+                    values = point_reconstruction_errors(network, scan)
+                case _:
+                    raise TypeError(f"networks: expected those of CMDR-IAD, got {type(network).__name__} for {name}")
+            found[name] = _spread(values, scan.valid)
     return found
 
 
-def mapping_errors(mapper: nn.Module, inputs: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-    """Chord lengths at the valid pixels, in their order, between what a mapper predicts and the targets."""
-    return torch.cat([chord_lengths(mapper(inputs[tile]), targets[tile]) for tile in _tiles(valid)])
+def mapping_errors(mapper: Mapper, first: Tensor, targets: Tensor) -> Tensor:
+    """Chord lengths (n,) of predictions to targets (n, C), from the output of the mapper's first layer (n, hidden)."""
+    tiles = zip(torch.split(first, _PIXEL_TILE), torch.split(targets, _PIXEL_TILE), strict=True)
+    return torch.cat([_chord_lengths(mapper.after_first(part), target) for part, target in tiles])
 
 
-def rgb_reconstruction_errors(decoder: RGBDecoder, features: Tensor, valid: Tensor) -> Tensor:
-    """Chord lengths at the valid pixels, in their order, between reconstructed and given RGB features (N, C).
+def rgb_reconstruction_errors(decoder: RGBDecoder, scan: Scan) -> Tensor:
+    """Chord lengths at the valid pixels, in their order, between reconstructed and observed RGB features.
 
     Only windows of tokens and rows and columns that reach a valid pixel through the convolutions are computed.
     """
-    if not valid.any():
-        return features.new_zeros(0)
-    refined = torch.split(_refined(decoder, features, valid), _PIXEL_TILE)
-    return torch.cat(
-        [
-            chord_lengths(decoder.reconstruct(part), features[tile])
-            for part, tile in zip(refined, _tiles(valid), strict=True)
-        ]
-    )
+    observed = scan.observed("rgb")
+    if not len(observed):
+        return observed.new_zeros(0)
+    tiles = zip(torch.split(_refined(decoder, scan), _PIXEL_TILE), torch.split(observed, _PIXEL_TILE), strict=True)
+    return torch.cat([_chord_lengths(decoder.reconstruct(part), target) for part, target in tiles])
 
 
-def point_reconstruction_errors(decoder: PointDecoder, features: Tensor, valid: Tensor) -> Tensor:
-    """Chord lengths at the valid pixels, in their order, between reconstructed and given point features (N, C).
+def point_reconstruction_errors(decoder: PointDecoder, scan: Scan) -> Tensor:
+    """Chord lengths at the valid pixels, in their order, between reconstructed and observed point features.
 
     Pixels without point features are zero and take no part in the first layer; of the last only the rows of valid
     pixels are kept, and the channel means that gate them.
     """
-    hidden = decoder.projection[1:](_positions_mixed(decoder, features))
-    kept, means = _expanded(decoder, hidden.T, valid)
+    hidden = decoder.projection[1:](_positions_mixed(decoder, *scan.filled()))
+    kept, means = _expanded(decoder, hidden.T, scan.valid)
     gate = decoder.attention[1:](means[None, :, None])[0, :, 0]
-    return torch.cat(
-        [
-            chord_lengths(part * gate, features[tile])
-            for part, tile in zip(torch.split(kept, _PIXEL_TILE), _tiles(valid), strict=True)
-        ]
-    )
+    tiles = zip(torch.split(kept, _PIXEL_TILE), torch.split(scan.observed("points"), _PIXEL_TILE), strict=True)
+    return torch.cat([_chord_lengths(part * gate, target) for part, target in tiles])
 
 
 def gated_mapping(rgb_error: NDArray[np.floating], points_error: NDArray[np.floating]) -> GatedMapping:
@@ -191,27 +201,13 @@ def polyurethane_map(error: NDArray[np.floating]) -> Map:
     return np.asarray(smoothed / (np.sqrt(smoothed.sum() / reached) + POLYURETHANE_EPS))
 
 
-def _row_errors(network: nn.Module, inputs: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-    match network:
-        case Mapper():
-            return mapping_errors(network, inputs, targets, valid)
-        case RGBDecoder():
-            return rgb_reconstruction_errors(network, inputs, valid)
-        case PointDecoder():
-            return point_reconstruction_errors(network, inputs, valid)
-    raise TypeError(f"networks: expected a mapper or decoder of CMDR-IAD, got {type(network).__name__}")
-
-
-def _stream(which: str, rgb: Tensor | None, points: Tensor | None) -> Tensor:
-    features = rgb if which == "rgb" else points
-    if features is None:
-        raise ValueError(f"{which}: needed by one of the networks, got None")
-    return features
-
-
-def _tiles(valid: Tensor) -> tuple[Tensor, ...]:
-    """Indices of the valid pixels, a tile at a time; one empty tile when there are none."""
-    return torch.split(torch.nonzero(valid).squeeze(1), _PIXEL_TILE)
+def _chord_lengths(predicted: Tensor, observed: Tensor) -> Tensor:
+    """Distances (n,) of rows after scaling each to length 1; overwrites `predicted` (n, C)."""
+    ours, theirs = (torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in (predicted, observed))
+    difference = predicted.div_(ours.clamp_(min=LENGTH_EPS))
+    difference.addcdiv_(observed, theirs.clamp_(min=LENGTH_EPS), value=-1.0)
+    lengths: Tensor = torch.linalg.vector_norm(difference, dim=1)
+    return lengths
 
 
 def _spread(values: Tensor, valid: Tensor) -> Tensor:
@@ -220,16 +216,17 @@ def _spread(values: Tensor, valid: Tensor) -> Tensor:
     return whole
 
 
-def _refined(decoder: RGBDecoder, features: Tensor, valid: Tensor) -> Tensor:
+def _refined(decoder: RGBDecoder, scan: Scan) -> Tensor:
     """What the head of the RGB decoder gets, at the valid pixels only."""
-    side = square_side(len(features))
-    top, bottom, left, right = _box(valid.view(side, side), _CONVOLUTION_REACH)
-    needed = torch.zeros(side, side, dtype=torch.bool, device=features.device)
+    side = square_side(len(scan.valid))
+    valid = scan.valid.view(side, side)
+    top, bottom, left, right = _box(valid, _CONVOLUTION_REACH)
+    needed = torch.zeros_like(valid)
     needed[top:bottom, left:right] = True
-    tokens = _tokens(decoder, features, needed.view(-1)).view(side, side, -1)
+    tokens = _tokens(decoder, scan, needed.view(-1)).view(side, side, -1)
     # what lies outside the box is zero here, which the outermost _CONVOLUTION_REACH pixels of the box get to feel
     maps = decoder.conv_decoder(tokens[top:bottom, left:right].permute(2, 0, 1)[None])
-    rows: Tensor = maps[0].permute(1, 2, 0)[valid.view(side, side)[top:bottom, left:right]]
+    rows: Tensor = maps[0].permute(1, 2, 0)[valid[top:bottom, left:right]]
     return rows
 
 
@@ -242,14 +239,20 @@ def _box(valid: Tensor, margin: int) -> tuple[int, int, int, int]:
     return bounds[0], bounds[1], bounds[2], bounds[3]
 
 
-def _tokens(decoder: RGBDecoder, features: Tensor, needed: Tensor) -> Tensor:
-    """Tokens after the attention block (N, width), computed for windows with a needed pixel; elsewhere zero."""
-    tokens = features.new_zeros(len(features), RGB_WIDTH)
+def _tokens(decoder: RGBDecoder, scan: Scan, needed: Tensor) -> Tensor:
+    """Tokens after the attention block (N, width) at the needed pixels; elsewhere zero.
+
+    Whole windows are attended to, but only what is needed goes on.
+    """
+    layer, rest, block = cast(nn.Linear, decoder.projection[0]), decoder.projection[1:], decoder.attn
+    tokens = torch.zeros(len(needed), RGB_WIDTH, device=needed.device)
     for begin, end in _runs(needed, WINDOW):
-        tile = WINDOW * _WINDOW_TILE
-        for start in range(begin, end, tile):
-            stop = min(start + tile, end)
-            tokens[start:stop] = decoder.attn(decoder.projection(features[None, start:stop]))[0]
+        for start in range(begin, end, WINDOW * _WINDOW_TILE):
+            stop = min(start + WINDOW * _WINDOW_TILE, end)
+            part = rest(scan.first_of_image(layer, start, stop))
+            kept = needed[start:stop]
+            attended = (part + block.attn(block.norm1(part)[None])[0])[kept]
+            tokens[start:stop][kept] = attended + block.mlp(block.norm2(attended))
     return tokens
 
 
@@ -262,15 +265,12 @@ def _runs(needed: Tensor, size: int) -> Iterator[tuple[int, int]]:
         yield begin, min(end, len(needed))
 
 
-def _positions_mixed(decoder: PointDecoder, features: Tensor) -> Tensor:
-    """First linear layer of the point decoder: (C, N / 32) of features (N, C)."""
+def _positions_mixed(decoder: PointDecoder, index: Tensor, rows: Tensor) -> Tensor:
+    """First linear layer of the point decoder (C, N / 32), from point features (m, C) at positions (m,)."""
     layer = cast(nn.Linear, decoder.projection[0])
-    mixed = layer.bias[:, None].repeat(1, features.shape[1])
-    for begin in range(0, len(features), _POSITION_TILE):
-        rows = features[begin : begin + _POSITION_TILE]
-        filled = torch.nonzero((rows != 0).any(dim=1)).squeeze(1)
-        if len(filled):
-            mixed.addmm_(layer.weight[:, begin : begin + _POSITION_TILE][:, filled], rows[filled])
+    mixed = layer.bias[:, None].repeat(1, rows.shape[1])
+    for positions, part in zip(torch.split(index, _POSITION_TILE), torch.split(rows, _POSITION_TILE), strict=True):
+        mixed.addmm_(layer.weight.index_select(1, positions), part)
     return mixed.T
 
 

@@ -11,11 +11,18 @@ from pydantic import Field, model_validator
 
 from mmad_cli.errors import DataError
 from mmad_cli.methods.base import MAP_SIZE, MethodDefinition, Prediction, SampleFeatures
-from mmad_cli.methods.cmdr_iad.inference import POLYURETHANE_SMOOTHING, RGB_SMOOTHING, errors, fuse, polyurethane_map
+from mmad_cli.methods.cmdr_iad.inference import (
+    POLYURETHANE_SMOOTHING,
+    RGB_SMOOTHING,
+    fuse,
+    polyurethane_map,
+    scan_errors,
+)
 from mmad_cli.methods.cmdr_iad.learner import CmdrLearner
 from mmad_cli.methods.cmdr_iad.losses import LossName
 from mmad_cli.methods.cmdr_iad.networks import PUBLISHED_NAMES, SHORTENING, STREAMS, NetworkName, new_networks
-from mmad_cli.methods.mapping.dense import POINTS, RGB, DenseFeatures, DenseReader
+from mmad_cli.methods.cmdr_iad.scan import DenseScan, Scan, TokenScan
+from mmad_cli.methods.mapping.dense import POINTS, RGB, DenseFeatures, DenseReader, Tokens
 from mmad_cli.methods.mapping.method import CORRECTED, FAST, MappingConfig, MappingMethod
 from mmad_cli.methods.mapping.scoring import SMOOTHING, at_map_size, smooth
 from mmad_cli.methods.mapping.trainer import Learner, TrainerConfig
@@ -162,12 +169,13 @@ class CmdrIad(MappingMethod):
 
     def errors(self, learner: Learner, features: DenseFeatures) -> NDArray[np.floating]:
         """Joined error (224, 224) of the four networks, or that of the only one on the features' grid."""
-        found = self._network_errors(learner, features)
+        return self._scan_errors(learner, DenseScan(features.rgb, features.points, features.valid))
+
+    def sample_errors(self, learner: Learner, tokens: Tokens) -> NDArray[np.floating]:
+        """`errors` from tokens; with both streams the first layers are applied to tokens instead of pixels."""
         if self.config.variant != "rgb+3d":
-            return found[self.config.networks[0]]
-        maps = {name: at_map_size(error) for name, error in found.items()}
-        valid = features.valid.view(features.side, features.side).cpu().numpy()
-        return fuse(maps, nearest(valid, MAP_SIZE)).fused
+            return super().sample_errors(learner, tokens)
+        return self._scan_errors(learner, TokenScan(self.reader, tokens))
 
     def predict(self, sample: SampleFeatures) -> Prediction:
         """Score one sample, by one modality where the other is missing and `missing_modality` is `drop`.
@@ -194,17 +202,16 @@ class CmdrIad(MappingMethod):
         pixels = self.config.grid**2 * min(self.config.batch_size, max(n_train, 1))
         return super().memory_estimate(n_train) + pixels * max(_STEP_BYTES[name] for name in self.config.networks)
 
-    def _network_errors(self, learner: Learner, features: DenseFeatures) -> dict[NetworkName, NDArray[np.floating]]:
+    def _scan_errors(self, learner: Learner, scan: Scan) -> NDArray[np.floating]:
         if not isinstance(learner, CmdrLearner):
             raise TypeError(f"learner: expected CmdrLearner, got {type(learner).__name__}")
-        streams = {RGB: features.rgb, POINTS: features.points}
-        usable = {
-            name: network
-            for name, network in learner.networks.items()
-            if all(streams[stream] is not None for stream in STREAMS[name])
-        }
-        found = errors(usable, features.rgb, features.points, features.valid)
-        return {name: error.view(features.side, features.side).cpu().numpy() for name, error in found.items()}
+        side = self.config.grid
+        networks = {name: learner.networks[name] for name in self.config.networks}
+        maps = {name: error.view(side, side).cpu().numpy() for name, error in scan_errors(networks, scan).items()}
+        if self.config.variant != "rgb+3d":
+            return maps[self.config.networks[0]]
+        valid = nearest(scan.valid.view(side, side).cpu().numpy(), MAP_SIZE)
+        return fuse({name: at_map_size(error) for name, error in maps.items()}, valid).fused
 
     def _chunk_scored(self, errors: NDArray[np.floating]) -> Prediction:
         scales = self.config.normaliser == "per_metric"
@@ -227,8 +234,7 @@ class CmdrIad(MappingMethod):
         _log.warning("%s: scored by %s alone, the other modality is missing", sample.id, stream)
         variant: Variant = "rgb" if stream == RGB else "3d"
         alone = CmdrIad(self.config.model_copy(update={"variant": variant, "rgb_mask": "none"}), self.device)
-        found = self._network_errors(self._fitted(), alone.reader(sample))
-        return alone.scored(found[alone.config.networks[0]])
+        return alone.scored(alone.errors(self._fitted(), alone.reader(sample)))
 
 
 def nearest(values: NDArray[Any], size: int) -> NDArray[Any]:

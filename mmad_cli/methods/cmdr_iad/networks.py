@@ -79,8 +79,11 @@ class Mapper(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Predicted features (..., channels_out) of features (..., channels_in)."""
-        hidden = functional.gelu(self.input(features))
-        out: Tensor = self.output(self.projection(hidden))
+        return self.after_first(self.input(features))
+
+    def after_first(self, hidden: Tensor) -> Tensor:
+        """Predicted features from what the first linear layer gave."""
+        out: Tensor = self.output(self.projection(functional.gelu(hidden)))
         return out
 
 

@@ -14,13 +14,25 @@ from torch.utils.checkpoint import checkpoint
 from mmad_cli.methods.base import MethodDefinition
 from mmad_cli.methods.mafr.inference import residuals
 from mmad_cli.methods.mafr.losses import TERMS, modality_terms
-from mmad_cli.methods.mafr.networks import DROPOUT, RestorationNetwork
-from mmad_cli.methods.mapping.dense import POINTS, RGB, DenseFeatures
+from mmad_cli.methods.mafr.networks import (
+    DROPOUT,
+    POINT_CHANNELS,
+    PUBLISHED_NETWORKS,
+    RGB_CHANNELS,
+    RestorationNetwork,
+)
+from mmad_cli.methods.mapping.dense import POINTS, RGB, DenseFeatures, Tokens
 from mmad_cli.methods.mapping.method import CORRECTED, FAST, MappingConfig, MappingMethod
 from mmad_cli.methods.mapping.trainer import Learner
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+# measured at the published widths: bytes per pixel of a training step, with activations held and computed again, and
+# of weights, gradients and Adam's moments
+_STEP_BYTES = 180_000
+_RECOMPUTED_STEP_BYTES = 70_000
+_NETWORK_BYTES = 4 * 4 * 13_383_676
 
 
 class MafrConfig(MappingConfig):
@@ -39,9 +51,8 @@ class MafrConfig(MappingConfig):
     census_weight: float = Field(default=1.0, ge=0)
     # side of a square window of the grid, drawn anew in each step around a valid pixel; None: all, as published
     window: int | None = Field(default=None, ge=8)
-
-    # so many pixels go through the networks at a time and again for their gradient: a third of the memory for a third
-    # more work, with the same gradients but for dropout's draws; None: all at once
+    # so many pixels go through the networks at a time and again for their gradient: half the memory for a fifth more
+    # time, with the same gradients but for dropout's draws; None: all at once
     recompute_tile: int | None = Field(default=None, ge=1)
 
     def weights(self) -> dict[str, float]:
@@ -58,8 +69,9 @@ class MafrLearner:
 
     @property
     def groups(self) -> Mapping[str, nn.Module]:
-        """One optimiser for encoder and decoders."""
-        return {"restoration": self.network}
+        """One optimiser for encoder and decoders; under their published names, so that these are what is saved."""
+        parts = {theirs: self.network.get_submodule(ours) for theirs, ours in PUBLISHED_NETWORKS.items()}
+        return {"restoration": nn.ModuleDict(parts)}
 
     def backward(self, batch: Sequence[DenseFeatures]) -> dict[str, dict[str, float]]:
         """Weighted sum of the six terms, averaged over the images; one image at a time is in memory."""
@@ -142,18 +154,44 @@ class Mafr(MappingMethod):
 
     def errors(self, learner: Learner, features: DenseFeatures) -> NDArray[np.floating]:
         """Product of both restoration errors, computed where it is not zero."""
-        if not isinstance(learner, MafrLearner):
-            raise TypeError(f"learner: expected MafrLearner, got {type(learner).__name__}")
         rgb, points = features.both()
         valid = features.valid
-        of_rgb, of_points = residuals(learner.network.eval(), rgb[valid], points[valid])
-        errors = torch.zeros(features.side * features.side, device=valid.device)
-        errors[valid] = of_rgb * of_points
-        return np.asarray(errors.reshape(features.side, features.side).cpu().numpy())
+        of_rgb, of_points = residuals(_network(learner), rgb[valid], points[valid])
+        return _image(of_rgb * of_points, torch.nonzero(valid)[:, 0], features.side)
+
+    def sample_errors(self, learner: Learner, tokens: Tokens) -> NDArray[np.floating]:
+        """`errors` from tokens: valid pixels only, and the first layer is applied to tokens instead of pixels."""
+        network, pixels = _network(learner), self.reader.valid_pixels(tokens)
+        for_rgb, for_points = network.encoder.input_weights()
+        mixed = pixels.rgb_mapped(for_rgb) + pixels.points_mapped(for_points) + network.encoder.input_fc.bias
+        of_rgb, of_points = residuals(network, pixels.rgb, pixels.points, mixed)
+        return _image(of_rgb * of_points, pixels.index, self.config.grid)
+
+    def memory_estimate(self, n_train: int) -> int:
+        """What a training step holds, the networks with their optimiser, and kept tokens."""
+        config = self.config
+        side = config.grid if config.window is None else min(config.window, config.grid)
+        per_pixel = _STEP_BYTES if config.recompute_tile is None else _RECOMPUTED_STEP_BYTES
+        dense = config.grid**2 * (RGB_CHANNELS + POINT_CHANNELS) * 4
+        tokens = min(n_train * 10_000_000, 1 << 30)
+        return side**2 * per_pixel + dense + _NETWORK_BYTES + tokens
+
+
+def _network(learner: Learner) -> RestorationNetwork:
+    if not isinstance(learner, MafrLearner):
+        raise TypeError(f"learner: expected MafrLearner, got {type(learner).__name__}")
+    return learner.network.eval()
+
+
+def _image(values: Tensor, index: Tensor, side: int) -> NDArray[np.floating]:
+    """Values (n,) at flat indices (n,) of an image (side, side) that is zero elsewhere."""
+    image = torch.zeros(side * side, device=values.device)
+    image[index] = values
+    return np.asarray(image.reshape(side, side).cpu().numpy())
 
 
 _CORRECTED: dict[str, Any] = {**CORRECTED, "loss_mask": "valid", "smoothness_channels": "all"}
-_FAST: dict[str, Any] = {**FAST, "window": 28}
+_FAST: dict[str, Any] = {**FAST, "window": 14, "epochs": 30}
 
 DEFINITION = MethodDefinition(
     name="mafr",
@@ -172,6 +210,6 @@ DEFINITION = MethodDefinition(
         "The published extractor runs in training mode; here its batch statistics are kept and stochastic depth is "
         "off, so features are deterministic (point_droppath=on draws it).",
         "Training script and documentation say 100 epochs, the published inference program 250; the default is 100.",
-        "The recipe fast works on a grid of 56 x 56, in windows of 28 x 28, for 10 epochs; not comparable.",
+        "The recipe fast works on a grid of 56 x 56, in windows of 14 x 14, for 30 epochs; not comparable.",
     ),
 )

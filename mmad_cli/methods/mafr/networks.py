@@ -41,25 +41,30 @@ class FusionEncoder(nn.Module):
         self.layer_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
+    def input_weights(self) -> tuple[Tensor, Tensor]:
+        """Weights of the first layer for RGB (width, C_rgb) and for point features (width, C_pt)."""
+        for_rgb, for_points = self.input_fc.weight.tensor_split([self.rgb_channels], dim=1)
+        return for_rgb, for_points
+
     def mixed(self, rgb: Tensor, points: Tensor) -> Tensor:
         """First layer before its activation, (..., width); what `input_fc` gives for [rgb, points] side by side.
 
         The weight is split instead of the features joined, which saves a copy of both.
         """
-        for_rgb, for_points = self.input_fc.weight.tensor_split([self.rgb_channels], dim=1)
+        for_rgb, for_points = self.input_weights()
         return nn.functional.linear(rgb, for_rgb, self.input_fc.bias) + nn.functional.linear(points, for_points)
 
-    def trunk(self, mixed: Tensor) -> Tensor:
-        """What enters the last layer, (..., width), from what `mixed` gives."""
+    def after_first(self, mixed: Tensor) -> Tensor:
+        """The rest, from what `mixed` gives: the fused vector (..., width)."""
         hidden: Tensor = self.dropout(self.layer_norm(nn.functional.gelu(mixed)))
         for layer in self.layers:
             hidden = self.dropout(self.layer_norm(nn.functional.gelu(layer(hidden))))
-        return hidden
+        fused: Tensor = self.output_fc(hidden)
+        return fused
 
     def forward(self, rgb: Tensor, points: Tensor) -> Tensor:
         """Fused vector (..., width) of RGB (..., C_rgb) and point features (..., C_pt)."""
-        fused: Tensor = self.output_fc(self.trunk(self.mixed(rgb, points)))
-        return fused
+        return self.after_first(self.mixed(rgb, points))
 
 
 class ChannelAttention(nn.Module):
@@ -135,17 +140,13 @@ class Decoder(nn.Module):
         self.skip = nn.Linear(width, channels)
         self.dropout = nn.Dropout(dropout)
 
-    def restored(self, first: Tensor, skipped: Tensor) -> Tensor:
-        """Restored features (..., C) from what `input_fc` and `skip` give, (..., C) each."""
-        hidden: Tensor = self.dropout(nn.functional.gelu(self.norm(first)))
-        for layer in self.layers:
-            hidden = self.dropout(nn.functional.gelu(self.norm(layer(hidden))))
-        out: Tensor = self.output_fc(self.cbam(hidden)) + skipped
-        return out
-
     def forward(self, fused: Tensor) -> Tensor:
         """Restored features (..., C) of fused vectors (..., width)."""
-        return self.restored(self.input_fc(fused), self.skip(fused))
+        hidden: Tensor = self.dropout(nn.functional.gelu(self.norm(self.input_fc(fused))))
+        for layer in self.layers:
+            hidden = self.dropout(nn.functional.gelu(self.norm(layer(hidden))))
+        restored: Tensor = self.output_fc(self.cbam(hidden)) + self.skip(fused)
+        return restored
 
 
 class RestorationNetwork(nn.Module):
@@ -170,7 +171,11 @@ class RestorationNetwork(nn.Module):
 
     def forward(self, rgb: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         """Restored RGB (..., C_rgb) and point features (..., C_pt) from the features themselves."""
-        fused = self.encoder(rgb, points)
+        return self.after_first(self.encoder.mixed(rgb, points))
+
+    def after_first(self, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """The rest, from the output (..., width) of the encoder's first layer."""
+        fused = self.encoder.after_first(mixed)
         return self.rgb_decoder(fused), self.point_decoder(fused)
 
 
