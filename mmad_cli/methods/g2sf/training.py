@@ -52,9 +52,8 @@ def train(pool: Pool, config: G2SFConfig, *, seed: int, progress: Callable[[int,
     without normal or without anomalous patches.
     """
     if pool.anomalous.all() or not pool.anomalous.any():
-        raise ValueError(
-            f"pool: must hold normal and anomalous patches, got {int(pool.anomalous.sum())} of {len(pool)}"
-        )
+        anomalous = int(pool.anomalous.sum())
+        raise ValueError(f"pool: must hold normal and anomalous patches, got {anomalous} anomalous of {len(pool)}")
     device = pool.anomalous.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -1,0 +1,54 @@
+"""G2SF from scans to metrics, with pseudo anomalies through the store."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mmad_cli.backbones.weights import import_file
+from mmad_cli.results.schema import RunResult
+from mmad_cli.stages import api
+
+MODEL = "resnet18.tv_in1k"
+
+
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+    from mmad_cli.backbones._timm import import_timm
+
+    monkeypatch.setenv("MMAD_WEIGHTS", str(tmp_path / "weights"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = import_timm().create_model(MODEL, pretrained=False).state_dict()
+    save_file(state, tmp_path / "random.safetensors")
+    import_file(MODEL, tmp_path / "random.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("network")
+def test_from_scans_to_metrics_and_again_from_the_store(tiny_dataset, tmp_path, monkeypatch):
+    settings = {"epochs": 2, "consistency_share": 0.05, "pseudo_per_sample": 1, "coreset_fraction": 0.02}
+
+    def evaluate(name, **options):
+        return api.evaluate(
+            tiny_dataset, method="g2sf", variant="cnn+fpfh", categories=["block"], device="cpu", settings=settings,
+            store=tmp_path / name, out=tmp_path / f"run-{name}", workers=1, **options,
+        )  # fmt: skip
+
+    first, folder = evaluate("one")
+    assert first.categories["block"].status == "ok", first.categories["block"].error
+    assert set(first.categories["block"].bank) == {"rgb", "points"}
+    assert all(np.isfinite(v) for v in first.categories["block"].metrics.values() if v is not None)
+    # another store, everything again: the same numbers
+    second, _ = evaluate("two")
+    assert second.categories["block"].metrics == first.categories["block"].metrics
+    assert (tmp_path / "run-two/block/scores.csv").read_text() == (folder / "block/scores.csv").read_text()
+    # the first store again: nothing is computed
+    monkeypatch.setattr("mmad_cli.stages.features.extract_batch", None)
+    monkeypatch.setattr("mmad_cli.methods.g2sf.method.G2SF.fit", None)
+    third, _ = evaluate("one")
+    assert third.categories == first.categories
+    assert json.loads((folder / "summary.json").read_text())["method"]["name"] == "g2sf"
+    assert RunResult.from_disk(folder).not_comparable
