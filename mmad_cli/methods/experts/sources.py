@@ -39,8 +39,7 @@ class Cells:
     @property
     def filled(self) -> BoolArray:
         """Cells whose feature is not zero throughout, bool (3136,): for features of points, the foreground."""
-        filled: BoolArray = self.rows.astype(bool).any(axis=1)
-        return filled[self.row]
+        return np.asarray(self.rows.astype(bool).any(axis=1))[self.row]
 
     def under(self, cells: BoolArray) -> tuple[IndexArray, IndexArray]:
         """Rows that lie under some cells, ascending (k,), and the place of each such cell's row among them."""

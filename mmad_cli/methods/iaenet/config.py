@@ -138,7 +138,7 @@ class IAENetConfig(MethodConfig):
 
     @property
     def calibrated(self) -> bool:
-        """Whether scores of the experts on good patches are needed: not for a lone one, and G2SF has units of its own."""
+        """Whether scores of good patches are needed: not for a lone expert, and G2SF has units of its own."""
         if self.single or self.variant == "g2sf":
             return False
         return self.normaliser != "none" or self.variant in ("aligned_max", "ocsvm")

@@ -2,8 +2,8 @@
 
 They follow the two aims that the abstract of IAENet (arXiv 2508.20492) names: use what the experts know together, and
 keep what one of them alone knows. u (n, K) are the experts' scores, where 1 is an expert's own false-alarm level; fused
-(n,) the joined score S, weights (n, K) with which it was joined; label bool (n,), true for anomalous patches. Means over
-anomalous and normal patches count the same, however many there are; a mean over no patch is 0.
+(n,) the joined score S, weights (n, K) with which it was joined; label bool (n,), true for anomalous patches. Means
+over anomalous and normal patches count the same, however many there are; a mean over no patch is 0.
 """
 
 from __future__ import annotations

@@ -58,9 +58,7 @@ def foreground(experts: Sequence[Expert], cells: Sequence[Cells]) -> BoolArray:
     return np.asarray(np.logical_or.reduce(filled))
 
 
-def look(
-    experts: Sequence[Expert], sample: SampleFeatures, *, background: bool = False, features: bool = True
-) -> Scan:
+def look(experts: Sequence[Expert], sample: SampleFeatures, *, background: bool = False, features: bool = True) -> Scan:
     """Look a scan up in all banks. background: scores of background cells too; features: keep the looks."""
     cells = [expert.cells(sample) for expert in experts]
     front = foreground(experts, cells)

@@ -179,9 +179,7 @@ class Learner(nn.Module):
         patches = self.material.patches(self.fusion.network, batch)
         weights = self.fusion.weights(patches.logits)
         fused = (weights * patches.u).sum(dim=-1)
-        loss, terms = losses.total(
-            patches.u, fused, weights, self.fusion.log_odds(fused), patches.label, self.config
-        )
+        loss, terms = losses.total(patches.u, fused, weights, self.fusion.log_odds(fused), patches.label, self.config)
         loss.backward()  # type: ignore[no-untyped-call]
         return {GROUP: dict(terms)}
 
@@ -199,9 +197,7 @@ class Learner(nn.Module):
         self.fusion.eval()
         with torch.no_grad():
             parts = [self.material.patches(self.fusion.network, batch) for batch in self.material.judged()]
-            u, label, logits = (
-                torch.cat([getattr(part, name) for part in parts]) for name in ("u", "label", "logits")
-            )
+            u, label, logits = (torch.cat([getattr(part, name) for part in parts]) for name in ("u", "label", "logits"))
             fused = (self.fusion.weights(logits) * u).sum(dim=-1)
             detection = float(losses.detection(self.fusion.log_odds(fused), label))
         self.fusion.train(was_training)
@@ -216,7 +212,7 @@ class Learner(nn.Module):
 
 
 def false_positive_rate(fused: FloatArray, label: np.ndarray[Any, np.dtype[np.bool_]]) -> float:
-    """Share of normal patches at or above the score that 95 % of the anomalous ones reach; 1 where a kind is missing."""
+    """Share of normal patches at or above the score that 95 % of the anomalous reach; 1 where a kind is missing."""
     if label.all() or not label.any():
         return 1.0
     anomalous = np.sort(fused[label])[::-1]
@@ -269,10 +265,16 @@ def as_rows(
     scores = torch.from_numpy(np.concatenate([one[:, scan.scan.front].T for one, scan in zip(u, scans, strict=True)]))
     contexts = torch.cat([patch_contexts(one, scan.scan.front) for one, scan in zip(u, scans, strict=True)])
     label = torch.from_numpy(np.concatenate([one.label[one.scan.front] for one in scans]))
-    chosen = (torch.from_numpy(np.flatnonzero(np.isin(number, half))) for half in (first, second))
-    train, validation = chosen
+    train, validation = (torch.from_numpy(np.flatnonzero(np.isin(number, half))) for half in (first, second))
     sides = tuple(_side(scans, k, bank, device) for k, bank in enumerate(banks))
-    return Rows(*(t.to(device) for t in (scores, contexts, label)), sides, train.to(device), validation.to(device))
+    return Rows(
+        u=scores.to(device),
+        contexts=contexts.to(device),
+        label=label.to(device),
+        sides=sides,
+        train=train.to(device),
+        validation=validation.to(device),
+    )
 
 
 def patch_contexts(u: FloatArray, front: np.ndarray[Any, np.dtype[np.bool_]]) -> Tensor:
@@ -288,7 +290,7 @@ def prototype_size(bank: FloatArray) -> float:
 
 
 def new_fusion(config: IAENetConfig, channels: Sequence[int], *, seed: int) -> Fusion:
-    """An untrained fusion of experts with so many channels, which gives the plain mean; its numbers come from `seed`."""
+    """An untrained fusion of experts with so many channels, which gives the plain mean; drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         dropout = {} if config.dropout is None else {"dropout": config.dropout}
@@ -354,5 +356,10 @@ def _side(scans: Sequence[PseudoScan], expert: int, bank: FloatArray, device: st
         prototype.append(torch.from_numpy(at.found.neighbours[:, 0].copy()))
         row.append(torch.from_numpy(at.place + count))
         count += len(at.found.rows)
-    tensors = (torch.cat(part).to(device) for part in (rows, prototype, row))
-    return FeatureSide(*tensors, torch.from_numpy(bank).to(device), prototype_size(bank))
+    return FeatureSide(
+        rows=torch.cat(rows).to(device),
+        prototype=torch.cat(prototype).to(device),
+        row=torch.cat(row).to(device),
+        bank=torch.from_numpy(bank).to(device),
+        size=prototype_size(bank),
+    )
