@@ -16,6 +16,7 @@ from mmad_cli.backbones.weights import resolve
 from mmad_cli.errors import DataError
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
     from mmad_cli.backbones.specs import FeatureSpec, PointParams
@@ -30,16 +31,17 @@ class PointBackbone:
     def __init__(self, spec: FeatureSpec, device: str = "cpu") -> None:
         import torch
 
-        from mmad_cli.backbones.point_transformer import PointTransformer
-
         self.spec = spec
         self._settings = cast("PointParams", spec.settings)
         self._device = torch.device(device)
-        network = self._settings.network
-        record = resolve(network)
-        tensors = read_checkpoint(record.path).content
-        built = build_with(lambda: PointTransformer(network), tensors, str(record.path))
-        self._network = cast("PointTransformer", built.to(self._device).eval().requires_grad_(False))
+        record = resolve(self._settings.network)
+        built = build_with(self._architecture, read_checkpoint(record.path).content, str(record.path))
+        self._network = built.to(self._device).eval().requires_grad_(False)
+
+    def _architecture(self) -> torch.nn.Module:
+        from mmad_cli.backbones.point_transformer import Network, PointTransformer
+
+        return PointTransformer(cast("Network", self._settings.network))
 
     def extract(self, samples: Sequence[Sample]) -> list[Features]:
         """`tokens`, `centres`, `pixel`, `neighbours`, `weights` per sample; DataError for one with too few points."""

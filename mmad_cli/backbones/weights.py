@@ -307,7 +307,7 @@ def _fit(known: WeightsEntry, tensors: dict[str, Any], path: Path) -> FittedTens
         return fit_timm(known.name, tensors, path)
     if known.kind == "m3dm_uff":
         return fit_uff(tensors, path)
-    if known.kind in ("builtin_rgb", "builtin_points"):
+    if known.kind == "builtin_rgb" or known.kind == "builtin_points":
         return fit_builtin(known.kind, tensors, path)
     return fit_point(known.kind, tensors, path)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -93,7 +93,7 @@ def _network(name: str) -> Network:
 
     if name not in CONFIGS:
         raise unknown_name("network", name, CONFIGS, "NETWORK")
-    return cast("Network", name)
+    return name
 
 
 def _settings(name: Network, path: Path | None, seed: int | None) -> TrainingConfig:

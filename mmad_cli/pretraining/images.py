@@ -109,12 +109,13 @@ def _cells(rng: np.random.Generator, size: int) -> Plane:
         values = rng.standard_normal(count)[index[:, 0]]
     else:
         values = np.minimum((distance[:, 1] - distance[:, 0]) * np.sqrt(count) / size * 4, 1.5)
-    return values.reshape(size, size).astype(np.float32)
+    return np.asarray(values.reshape(size, size), dtype=np.float32)
 
 
 def _speckles(rng: np.random.Generator, size: int) -> Plane:
     """Blobs that stand out of a ground."""
-    return np.maximum(spectral(rng, size, rng.uniform(0.6, 1.8)) - rng.uniform(0.3, 1.6), 0).astype(np.float32) * 2
+    field = spectral(rng, size, rng.uniform(0.6, 1.8)) - rng.uniform(0.3, 1.6)
+    return np.asarray(2 * np.maximum(field, 0), dtype=np.float32)
 
 
 def _julia(rng: np.random.Generator, size: int) -> Plane:
@@ -131,7 +132,7 @@ def _julia(rng: np.random.Generator, size: int) -> Plane:
         magnitude = np.abs(value)
         value /= np.maximum(magnitude / 8, 1)
         total += np.exp(-magnitude)
-    return ((total - total.mean()) / max(float(total.std()), 1e-6)).astype(np.float32)
+    return np.asarray((total - total.mean()) / max(float(total.std()), 1e-6), dtype=np.float32)
 
 
 def _pixels(size: int) -> tuple[Plane, Plane]:

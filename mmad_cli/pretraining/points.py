@@ -14,9 +14,8 @@ from mmad_cli.pretraining.config import PointsConfig
 from mmad_cli.pretraining.contrast import contrast_loss, separation
 from mmad_cli.pretraining.surfaces import CELL, Scan, Surface, altered, read, scan, surface
 
-# a group counts as altered from this change of form (mm), as unaltered below the other
+# a group counts as altered from this change of form (mm)
 _ALTERED = 0.08
-_UNALTERED = 0.02
 _NEIGHBOURS = 3
 # a place is seen in another scan when a centre lies within this many mean distances of centres
 _REACH = 1.3
@@ -62,7 +61,7 @@ class PointsTask:
         groups = torch.from_numpy(np.stack([one.groups for one in scans])).to(device)
         centres = torch.from_numpy(np.stack([one.centres for one in scans])).to(device)
         parts = network.parts(groups, centres)  # type: ignore[operator]
-        anchor, positive, twin, owner, seen = (value.to(device) for value in self._pairs(patches))
+        pairs = self._pairs(patches).to(device)
         change = torch.from_numpy(np.concatenate([patch.change for patch in patches]))
         broken = (change > _ALTERED).nonzero()[:, 0]
         broken = broken[torch.randperm(len(broken), generator=generator)[: config.altered]]
@@ -70,11 +69,13 @@ class PointsTask:
         losses, told = [], []
         for part in parts:
             first, second, third = (view.flatten(0, 1) for view in part.chunk(3))
-            own, other, third_own = first[anchor], _blended(second, positive), _blended(third, twin)
-            losses.append(contrast_loss(own, other, third[broken.to(device)], owner, broken_owner, config.temperature))
-            told.append((own, other, third_own))
+            own, other = first[pairs.anchors], _blended(second, pairs.positives)
+            losses.append(
+                contrast_loss(own, other, third[broken.to(device)], pairs.owners, broken_owner, config.temperature)
+            )
+            told.append((own, other, _blended(third, pairs.twins)))
         joined = [torch.cat(level, dim=1).detach() for level in zip(*told, strict=True)]
-        return torch.stack(losses).mean(), separation(joined[0], joined[1], joined[2], seen > 0)
+        return torch.stack(losses).mean(), separation(joined[0], joined[1], joined[2], pairs.altered)
 
     def _patch(self, step: int, index: int) -> _Patch:
         """The first patch of its own random sequence that has enough points in all scans."""
@@ -104,10 +105,10 @@ class PointsTask:
             _change_at(change, sound, scans[0].where),
         )
 
-    def _pairs(self, patches: list[_Patch]) -> tuple[torch.Tensor, _Blend, _Blend, torch.Tensor, torch.Tensor]:
-        """Anchors among the tokens of the first scans, their places in the others, owners, and what was altered."""
+    def _pairs(self, patches: list[_Patch]) -> _Pairs:
+        """The tokens of the first scans that both other scans saw as well."""
         groups = self.config.groups
-        anchors, positives, twins, owners, seen = [], [], [], [], []
+        anchors, positives, twins, owners, changed = [], [], [], [], []
         for index, patch in enumerate(patches):
             first, second, third = patch.scans
             in_second, in_third = _nearest(second.where, first.where), _nearest(third.where, first.where)
@@ -116,14 +117,13 @@ class PointsTask:
             positives.append(in_second.at(kept, index * groups))
             twins.append(in_third.at(kept, index * groups))
             owners.append(np.full(len(kept), index))
-            change = patch.own_change[kept]
-            seen.append(np.where(change > _ALTERED, 1, 0) - (change < _UNALTERED))
-        return (
+            changed.append(patch.own_change[kept] > _ALTERED)
+        return _Pairs(
             torch.from_numpy(np.concatenate(anchors)),
             _Blend.joined(positives),
             _Blend.joined(twins),
             torch.from_numpy(np.concatenate(owners)),
-            torch.from_numpy(np.concatenate(seen)),
+            torch.from_numpy(np.concatenate(changed)),
         )
 
 
@@ -144,6 +144,30 @@ class _Blend:
         return _Blend(
             torch.from_numpy(np.concatenate([indices for indices, _ in parts])),
             torch.from_numpy(np.concatenate([weights for _, weights in parts])),
+        )
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Anchors int64 (N,) among the tokens of the first scans, their places in the second and in the third ones.
+
+    owners int64 (N,): the patch of each; altered bool (N,): whether the surface is altered there in the third scan.
+    """
+
+    anchors: torch.Tensor
+    positives: _Blend
+    twins: _Blend
+    owners: torch.Tensor
+    altered: torch.Tensor
+
+    def to(self, device: torch.device) -> _Pairs:
+        """The same on another device."""
+        return _Pairs(
+            self.anchors.to(device),
+            self.positives.to(device),
+            self.twins.to(device),
+            self.owners.to(device),
+            self.altered.to(device),
         )
 
 

@@ -71,10 +71,11 @@ def surface(rng: np.random.Generator) -> Surface:
 
 
 def altered(rng: np.random.Generator, sound: Surface, window: float) -> tuple[Surface, Plane]:
-    """The surface with a few alterations inside the middle `window` mm, and how much its form changed at each node, mm (SIDE, SIDE).
+    """The surface altered in places, and how much its form changed at each node, mm (SIDE, SIDE).
 
-    The change of form is the deviation of the displacement within 2 mm, so that ground that is moved as a whole does
-    not count. Alterations are smooth swellings and hollows, troughs, steps, roughened and levelled places.
+    A few alterations lie inside the middle `window` mm: smooth swellings and hollows, troughs, steps, roughened and
+    levelled places. The change of form is the deviation of the displacement within 2 mm, so that ground that is moved
+    as a whole does not count.
     """
     rows, columns = _nodes()
     heights = sound.heights.astype(np.float32)
@@ -86,10 +87,11 @@ def altered(rng: np.random.Generator, sound: Surface, window: float) -> tuple[Su
 
 
 def scan(rng: np.random.Generator, what: Surface, pitch: float, window: float, tilt: NDArray[np.float64]) -> Scan:
-    """A scan of the middle `window` mm with pixels `pitch` mm apart, the surface tilted by `tilt` (rotation vector in radians, about x and y).
+    """A scan of the middle `window` mm with pixels `pitch` mm apart.
 
-    The part is turned at random about the line of sight. There is noise of depth of a random level, partly shared by
-    neighbours; points are missing at random, in patches, at grazing angles and beyond steps.
+    The surface is tilted by `tilt`, a rotation vector (2,) in radians about x and y, and turned at random about the
+    line of sight. There is noise of depth of a random level, partly shared by neighbours; points are missing at
+    random, in patches, at grazing angles and beyond steps.
     """
     from scipy import ndimage
 

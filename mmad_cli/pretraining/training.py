@@ -86,8 +86,9 @@ def train(
 ) -> tuple[torch.nn.Module, list[LogLine]]:
     """Train from the start or from the checkpoint in `folder`; returns the network and the log of all steps.
 
-    `stop`: end after so many steps of the schedule; `tell` is called with (steps done, steps in all). With a folder the log is kept as `log.csv` and the state as a
-    checkpoint, every two minutes and at the end; a checkpoint of another configuration is not taken.
+    `stop`: end after so many steps of the schedule; `tell` is called with (steps done, steps in all). With a folder
+    the log is kept as `log.csv` and the state as a checkpoint, every two minutes and at the end; a checkpoint of
+    another configuration is not taken.
     """
     network = initial(what, config.seed).to(device).train()
     optimiser = torch.optim.AdamW(network.parameters(), lr=config.rate, weight_decay=config.weight_decay)

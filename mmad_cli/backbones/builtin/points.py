@@ -47,6 +47,7 @@ class GroupEncoder(nn.Module):
         self.mix = nn.Sequential(nn.Linear(2 * POINT_WIDTH + _GROUP_INPUTS, 256), nn.GELU(), nn.Linear(256, WIDTH))
 
     def forward(self, points: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        """points (B, G, M / 2, 4) and whole (B, G, 5), as `describe` gives them."""
         # in pieces that stay in a cache
         pieces = torch.split(points.flatten(0, 1), _PIECE_GPU if points.is_cuda else _PIECE)
         pooled = torch.cat([torch.cat([p.amax(dim=1), p.mean(dim=1)], dim=-1) for p in map(self.lift, pieces)])
@@ -119,9 +120,9 @@ def describe(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the network reads of groups (B, G, M, 3) and centres (B, G, 3).
 
-    Returns per second point (B, G, M / 2, 4) height and distance in the frame of the group's plane; per group (B, G, 5) its
-    spread, its radius and the cosine of its normal to the line of sight; neighbours int64 (B, G, K); and how each
-    neighbour lies (B, G, K, 5): the angles of point pair features (Drost et al., CVPR 2010).
+    Returns per second point (B, G, M / 2, 4) height and distance in the frame of the group's plane; per group
+    (B, G, 5) its spread, its radius and the cosine of its normal to the line of sight; neighbours int64 (B, G, K);
+    and how each neighbour lies (B, G, K, 5): the angles of point pair features (Drost et al., CVPR 2010).
     """
     with torch.no_grad():
         radius = groups.square().sum(dim=-1).amax(dim=-1).sqrt()
@@ -149,7 +150,7 @@ def gather(values: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
 
 
 def _heads(values: torch.Tensor) -> torch.Tensor:
-    return values.unflatten(-1, (HEADS, WIDTH // HEADS))
+    return values.view(*values.shape[:-1], HEADS, WIDTH // HEADS)
 
 
 def _planes(groups: torch.Tensor, centres: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
