@@ -31,7 +31,8 @@ class SampleRef:
 
     `id` is `<split>/<defect>/<stem>` and unique within its category. `files` maps a role (`rgb`, `xyz`, `gt`, ...)
     to an absolute path; `gt` may be absent for good samples. `part` tells, in plain values, which part of its files the
-    sample is where they hold several samples; it is empty where they hold one.
+    sample is where they hold several samples; it is empty where they hold one. `missing` names the modalities that this
+    one scan lacks though its dataset has them: `rgb`, `3d`.
     """
 
     category: str
@@ -40,6 +41,7 @@ class SampleRef:
     stem: str
     files: Mapping[str, Path] = field(default_factory=dict)
     part: Mapping[str, Any] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:

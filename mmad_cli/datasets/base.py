@@ -134,6 +134,19 @@ class PseudoLabelled(Protocol):
         """The samples of a category, given the labels of its scan files."""
 
 
+@runtime_checkable
+class TakesIncomplete(Protocol):
+    """What a dataset offers on top of `Dataset` when it can list test samples whose image or cloud is missing."""
+
+    def with_incomplete(self) -> Dataset:
+        """The same dataset, such samples included; `SampleRef.missing` tells what each lacks."""
+
+
+def modality(read: str) -> Modality:
+    """The modality that a feature's input (`rgb`, `depth`, `xyz`, ...) belongs to."""
+    return "rgb" if read == "rgb" else "3d"
+
+
 def require_modalities(dataset: Dataset, inputs: Iterable[str], what: str) -> None:
     """UsageError where `what` (a method, a backbone) needs an image and the dataset has none.
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmad_cli.datasets.base import Examination, Finding, Listing, Modality, raise_errors
+from mmad_cli.datasets.base import Examination, Finding, Listing, Modality, modality, raise_errors
 from mmad_cli.datasets.scan import examine_scan
 from mmad_cli.errors import DataError
 from mmad_cli.types import GOOD, SPLITS, Sample, SampleRef, Split
@@ -41,10 +41,14 @@ LAYOUT = "<root>/<category>/<split>/<defect>/{rgb/*.png, xyz/*.tiff, gt/*.png}, 
 
 @dataclass(frozen=True)
 class Mvtec3dDataset:
-    """A folder in the layout of MVTec 3D-AD; `only` restricts it to one category."""
+    """A folder in the layout of MVTec 3D-AD; `only` restricts it to one category.
+
+    incomplete: test samples without image or without cloud are listed, with a warning, instead of being errors.
+    """
 
     root: Path
     only: str | None = None
+    incomplete: bool = False
 
     @property
     def name(self) -> str:
@@ -72,6 +76,10 @@ class Mvtec3dDataset:
         """Nothing can be set."""
         return []
 
+    def with_incomplete(self) -> Mvtec3dDataset:
+        """The same folder; test samples need not have both image and cloud."""
+        return replace(self, incomplete=True)
+
     def categories(self) -> list[str]:
         """Folders with at least one split folder, sorted; or the only one."""
         if self.only is not None:
@@ -93,7 +101,8 @@ class Mvtec3dDataset:
         findings: list[Finding] = []
         for split in SPLITS:
             for defect in _defects(folder, category, split, findings):
-                refs.extend(_list_defect(folder / split / defect, category, split, defect, findings))
+                incomplete = self.incomplete and split == "test"
+                refs.extend(_list_defect(folder / split / defect, category, split, defect, findings, incomplete))
         return Listing(tuple(refs), tuple(findings))
 
     def read(self, ref: SampleRef) -> Sample:
@@ -147,18 +156,21 @@ def _defects(folder: Path, category: str, split: Split, findings: list[Finding])
 
 
 def _list_defect(
-    folder: Path, category: str, split: Split, defect: str, findings: list[Finding]
+    folder: Path, category: str, split: Split, defect: str, findings: list[Finding], incomplete: bool
 ) -> Iterator[SampleRef]:
-    """Samples whose files are complete, in the order of their stems."""
+    """Samples whose files are complete, or lack one modality where that is allowed, in the order of their stems."""
     files = {role: _by_stem(folder / role, category, ENDINGS[role], findings) for role in ENDINGS}
     needed = ["rgb", "xyz"] if defect == GOOD else ["rgb", "xyz", "gt"]
     stems = sorted(set().union(*files.values()))
     for stem in stems:
         missing = [role for role in needed if stem not in files[role]]
+        allowed = incomplete and missing in (["rgb"], ["xyz"])
         if missing:
-            findings.append(_unpaired(folder, category, stem, files, missing))
-        else:
-            yield SampleRef(category, split, defect, stem, {r: by[stem] for r, by in files.items() if stem in by})
+            finding = _unpaired(folder, category, stem, files, missing)
+            findings.append(replace(finding, level="warning") if allowed else finding)
+        if not missing or allowed:
+            found = {role: by[stem] for role, by in files.items() if stem in by}
+            yield SampleRef(category, split, defect, stem, found, missing=tuple(modality(role) for role in missing))
 
 
 def _by_stem(folder: Path, category: str, endings: tuple[str, ...], findings: list[Finding]) -> dict[str, Path]:

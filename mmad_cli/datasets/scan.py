@@ -57,7 +57,7 @@ def examine_scan(ref: SampleRef, read_unused: bool = True) -> Examination:
         path = ref.files[role]
         try:
             array = _READERS[role](path)
-            check_size(path, array, arrays.get("xyz"), role)
+            check_size(path, array, arrays.get("xyz", arrays.get("rgb")), role)
             arrays[role] = array
         except Unusable as problem:
             findings.append(Finding("error", ref.category, str(problem.path), problem.message, problem.advice))
@@ -69,8 +69,12 @@ def examine_scan(ref: SampleRef, read_unused: bool = True) -> Examination:
             message = f"marks {int(marked.sum())} pixels of a good sample as defective; they are ignored"
             findings.append(Finding("warning", ref.category, str(ref.files["gt"]), message))
         marked = None
-    mask = np.zeros(arrays["xyz"].shape[:2], dtype=bool) if marked is None else marked
-    sample = Sample(ref.category, ref.split, ref.defect, ref.stem, arrays["rgb"], arrays["xyz"], mask)
+    size = next(iter(arrays.values())).shape[:2]
+    mask = np.zeros(size, dtype=bool) if marked is None else marked
+    # what a sample lacks is black, or without a point
+    rgb = arrays["rgb"] if "rgb" in arrays else np.zeros((*size, 3), dtype=np.uint8)
+    xyz = arrays["xyz"] if "xyz" in arrays else np.zeros((*size, 3), dtype=np.float32)
+    sample = Sample(ref.category, ref.split, ref.defect, ref.stem, rgb, xyz, mask)
     return Examination(sample, tuple(findings))
 
 

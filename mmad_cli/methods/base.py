@@ -66,12 +66,13 @@ class Prediction:
     """Scores of one sample: anomaly map float32 (224, 224) and image score, larger = more anomalous.
 
     AUPRO is computed on `anomaly_map * aupro_scale`: CFM and what is built on it scale maps of single images for it in
-    another way than for P-AUROC.
+    another way than for P-AUROC. `note` says what was done otherwise than for the other samples; it is empty for most.
     """
 
     anomaly_map: FloatArray
     image_score: float
     aupro_scale: float = 1.0
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,15 @@ class ReadsValidation(Protocol):
     @property
     def needs_validation(self) -> bool:
         """Whether this configuration reads them; otherwise their features are not extracted."""
+
+
+@runtime_checkable
+class DropsModality(Protocol):
+    """What a method offers that scores a sample without one of its features by what is left, and says so in a note."""
+
+    @property
+    def drops_missing(self) -> bool:
+        """Whether this configuration does; otherwise such a sample is an error."""
 
 
 @runtime_checkable

@@ -24,6 +24,7 @@ from mmad_cli.errors import DataError
 from mmad_cli.methods.base import (
     MAP_SIZE,
     BankSize,
+    DropsModality,
     Method,
     MethodDefinition,
     Prediction,
@@ -293,24 +294,37 @@ def check_no_training_image(bench: _Bench) -> None:
 
 
 def check_missing_modality(bench: _Bench) -> None:
-    """A sample without one of the features is a DataError that names the sample, in fit and in predict."""
+    """A sample without one of the features is a DataError that names the sample, in fit and in predict.
+
+    A method that scores such samples by what is left must say so in a note.
+    """
     for feature, spec in bench.unfitted().features().items():
         sample = bench.samples("train", TRAIN_COUNT + 1)[-1]
         partial = GeneratedSample(sample.id, {k: v for k, v in sample.arrays.items() if k != feature})
         what = f"without feature {feature!r}"
-        if spec.augmentation is None:
+        if _drops_missing(bench.fitted()):
+            if not bench.fitted().predict(partial).note:
+                raise bench.fail(f"a prediction of a sample {what} must have a note")
+        elif spec.augmentation is None:
             _expect_data_error(bench, partial, what, bench.fitted().predict)
         _expect_data_error(bench, partial, what, bench.fit_with)
 
 
 def check_empty_cloud(bench: _Bench) -> None:
-    """A sample whose point features are empty is a DataError that names the sample."""
+    """A sample whose point features are empty is a DataError that names the sample, or scored with a note."""
     sample = bench.test()[0]
     for feature, arrays in sample.arrays.items():
         if "points" in arrays or "pixel" in arrays:
             empty = {name: array[:0] for name, array in arrays.items()}
             without = GeneratedSample(sample.id, {**sample.arrays, feature: empty})
-            _expect_data_error(bench, without, "without points", bench.fitted().predict)
+            if not _drops_missing(bench.fitted()):
+                _expect_data_error(bench, without, "without points", bench.fitted().predict)
+            elif not bench.fitted().predict(without).note:
+                raise bench.fail("a prediction of a sample without points must have a note")
+
+
+def _drops_missing(method: Method) -> bool:
+    return isinstance(method, DropsModality) and method.drops_missing
 
 
 def check_features(bench: _Bench) -> None:

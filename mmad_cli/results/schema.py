@@ -124,6 +124,9 @@ class CategoryResult(_Model):
     training: dict[str, list[FiniteFloat]] = Field(
         default_factory=dict, description="mean loss per epoch, by name; empty for methods without training"
     )
+    sample_notes: dict[str, str] = Field(
+        default_factory=dict, description="what was done otherwise for single samples, by id"
+    )
 
     @model_validator(mode="after")
     def _explain(self) -> CategoryResult:

@@ -41,6 +41,7 @@ RUNS = "runs"
 MAPS = "maps.safetensors"
 # in the metadata of that file: what AUPRO multiplies maps by, as JSON by sample id, where that is not 1
 AUPRO_SCALES = "aupro_scale"
+_NAMED_AT_MOST = 5
 
 
 def evaluate(session: Session, request: EvaluateRequest) -> tuple[RunResult, Path]:
@@ -91,9 +92,23 @@ def evaluate(session: Session, request: EvaluateRequest) -> tuple[RunResult, Pat
                 result.environment.device = device
         if outcome.status == "failed":
             session.reporter.notice(f"{category}: failed: {outcome.error}")
+        if outcome.sample_notes:
+            _tell_notes(session, category, outcome.sample_notes)
+            result.mark_not_comparable(
+                f"sample notes: {len(outcome.sample_notes)} of {outcome.n_test} test samples of {category} were scored "
+                "otherwise than the rest"
+            )
         result.set_category(category, outcome)
         result.to_disk(folder)
     return result, folder
+
+
+def _tell_notes(session: Session, category: str, notes: Mapping[str, str]) -> None:
+    """One line per kind of note, with the samples that it is about."""
+    for note in dict.fromkeys(notes.values()):
+        about = [id_ for id_, other in notes.items() if other == note]
+        more = f" and {len(about) - _NAMED_AT_MOST} more" if len(about) > _NAMED_AT_MOST else ""
+        session.reporter.notice(f"{category}: {note}: {', '.join(about[:_NAMED_AT_MOST])}{more}")
 
 
 def forget(session: Session, plan: CategoryPlan) -> None:
@@ -184,6 +199,11 @@ def _compute_category(
         peak_rss_bytes=peak_rss(),
         peak_vram_bytes=peak_vram(),
         training=info.get("losses", {}),
+        sample_notes={
+            ref.id: prediction.note
+            for ref, prediction in zip(plan.samples.test, scored, strict=True)
+            if prediction.note
+        },
     )
     return {
         "result": result.model_dump(mode="json"),

@@ -271,8 +271,11 @@ def _likely_places(session: Session, run: RunResult) -> Iterator[Path]:
 def _open_same(session: Session, run: RunResult, place: Path) -> tuple[Dataset, dict[str, CategorySamples]]:
     """The dataset in a folder. Raises DataError unless it is, to the byte, what the run was made from."""
     from mmad_cli.datasets import open_dataset
+    from mmad_cli.datasets.base import TakesIncomplete
 
     dataset = open_dataset(place)
+    if any(result.sample_notes for result in run.categories.values()) and isinstance(dataset, TakesIncomplete):
+        dataset = dataset.with_incomplete()
     known = dataset.categories()
     absent = [name for name in run.dataset.categories if name not in known]
     if absent:

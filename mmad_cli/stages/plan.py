@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmad_cli.datasets.base import modality
 from mmad_cli.errors import DataError, UsageError, unknown_name
 from mmad_cli.stages.checkpoints import Checkpoint, find_checkpoint
 from mmad_cli.stages.clean import CleanJob, clean_key, used_files
@@ -205,9 +206,16 @@ def feature_jobs(
     weights: Mapping[str, str],
     pool: Sequence[CleanJob] = (),
 ) -> dict[str, dict[str, FeatureJob]]:
-    """A job per feature name and sample id; `pool` is what surfaces of pseudo anomalies are pasted from."""
+    """A job per feature name and sample id; `pool` is what surfaces of pseudo anomalies are pasted from.
+
+    A sample that lacks what a feature is made from has no job for it.
+    """
     return {
-        name: {id_: FeatureJob(job, spec, feature_key(spec, weights, job.key)) for id_, job in clean.items()}
+        name: {
+            id_: FeatureJob(job, spec, feature_key(spec, weights, job.key))
+            for id_, job in clean.items()
+            if modality(spec.input) not in job.ref.missing
+        }
         if spec.augmentation is None
         else pseudo_jobs(clean, spec, weights, pool)
         for name, spec in specs.items()
@@ -237,7 +245,7 @@ def plan_category(
     )
 
     def keys_of(ref: SampleRef) -> dict[str, str]:
-        return {name: jobs[ref.id].key for name, jobs in features.items() if jobs[ref.id].wanted}
+        return {name: jobs[ref.id].key for name, jobs in features.items() if ref.id in jobs and jobs[ref.id].wanted}
 
     checkpoint = find_checkpoint(run.checkpoints, category)
     # a fit of our own keeps the key that it has without checkpoints

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def stored_sample(session: Session, plan: CategoryPlan, ref: SampleRef) -> StoredSample:
     """Features of one sample."""
-    jobs = {name: by_id[ref.id] for name, by_id in plan.features.items()}
+    jobs = {name: by_id[ref.id] for name, by_id in plan.features.items() if ref.id in by_id}
     return StoredSample(ref.id, jobs, session.resolve_device(), session.reporter.notice)
 
 
@@ -114,7 +114,7 @@ def _unfitted(session: Session, plan: CategoryPlan, run: MethodRun) -> Method:
 def read_prediction(session: Session, artefact: Artefact) -> Prediction | None:
     """A stored prediction; None where it is missing or damaged (said so)."""
     try:
-        tensors, _ = session.store.read_tensors(artefact)
+        tensors, record = session.store.read_tensors(artefact)
     except FileNotFoundError:
         return None
     except CorruptArtefactError as error:
@@ -122,7 +122,7 @@ def read_prediction(session: Session, artefact: Artefact) -> Prediction | None:
         session.store.remove(artefact)
         return None
     scale = float(tensors["aupro_scale"][0]) if "aupro_scale" in tensors else 1.0
-    return Prediction(tensors["anomaly_map"], float(tensors["image_score"][0]), scale)
+    return Prediction(tensors["anomaly_map"], float(tensors["image_score"][0]), scale, record.get("note", ""))
 
 
 def write_prediction(session: Session, artefact: Artefact, prediction: Prediction) -> None:
@@ -133,7 +133,7 @@ def write_prediction(session: Session, artefact: Artefact, prediction: Predictio
     }
     if prediction.aupro_scale != 1.0:
         tensors["aupro_scale"] = np.asarray([prediction.aupro_scale], dtype=np.float64)
-    session.store.write_tensors(artefact, tensors, {})
+    session.store.write_tensors(artefact, tensors, {"note": prediction.note} if prediction.note else {})
 
 
 def predictions(session: Session, plan: CategoryPlan, run: MethodRun, method: Method | None) -> list[Prediction]:

@@ -14,7 +14,7 @@ from mmad_cli.stages.session import Session
 if TYPE_CHECKING:
     from mmad_cli.backbones.weights import WeightsRecord
     from mmad_cli.datasets.base import Dataset
-    from mmad_cli.methods.base import MethodDefinition
+    from mmad_cli.methods.base import Method, MethodDefinition
     from mmad_cli.preprocessing.config import PreprocessConfig
 
 BACKBONES = ("paper", "builtin")
@@ -74,6 +74,7 @@ def prepare(session: Session, request: EvaluateRequest) -> Prepared:
     categories = choose_categories(dataset, request.selection.categories)
     specs = method.features()
     require_modalities(dataset, (spec.input for spec in specs.values()), f"{definition.name} {config.variant}")
+    dataset = as_read_by(method, dataset)
     own_weights = tuple(method.weights_names()) if isinstance(method, OwnWeights) else ()
     records = _weights(specs, own_weights)
     run = MethodRun(
@@ -88,6 +89,16 @@ def prepare(session: Session, request: EvaluateRequest) -> Prepared:
     )
     preprocessing = preprocess_config(request.protocol or definition.protocol, request.preprocessing)
     return Prepared(request, dataset, categories, run, records, preprocessing)
+
+
+def as_read_by(method: Method, dataset: Dataset) -> Dataset:
+    """The dataset, with test samples that lack a modality where the method makes do without it."""
+    from mmad_cli.datasets.base import TakesIncomplete
+    from mmad_cli.methods.base import DropsModality
+
+    if isinstance(method, DropsModality) and method.drops_missing and isinstance(dataset, TakesIncomplete):
+        return dataset.with_incomplete()
+    return dataset
 
 
 def backbone_settings(definition: MethodDefinition, backbones: str) -> dict[str, Any]:

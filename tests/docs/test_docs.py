@@ -276,6 +276,36 @@ class TestTables:
         for switch, value in definition.recipes["corrected"].items():
             assert rows[switch][-1] == f"`{value}`".lower(), switch
 
+    @pytest.mark.parametrize("method", ["cfm", "mafr", "cmdr_iad"])
+    def test_every_switch_of_the_mapping_family_is_described(self, method):
+        """Switches that the family shares stand on the page of CFM, with the same values in the recipes."""
+        from mmad_cli.methods import build_config, get_method
+
+        definition = get_method(method)
+        rows = {**rows_of("methods/cfm.md"), **rows_of(f"methods/{method}.md")}
+        usual = build_config(definition, None, "official", {}).model_dump()
+        assert set(usual) - {"variant"} <= set(rows)
+        for recipe, column in (("corrected", -2), ("fast", -1)):
+            for switch, value in definition.recipes[recipe].items():
+                shown = rows[switch][column].strip("`")
+                assert shown == str(value).lower() or (not shown and value == usual[switch]), (recipe, switch)
+
+    @pytest.mark.parametrize(
+        ("method", "variants"), [("cfm", ["base", "big"]), ("cmdr_iad", ["rgb+3d", "rgb", "3d", "polyurethane"])]
+    )
+    def test_parameters_of_the_mapping_family(self, method, variants):
+        import torch
+
+        from mmad_cli.methods import build, build_config, get_method
+
+        rows, definition = rows_of(f"methods/{method}.md"), get_method(method)
+        for variant in variants:
+            built = build(definition, build_config(definition, variant, "official", {}))
+            with torch.device("meta"):
+                learner = built.build_learner({"rgb": 768, "points": 1152})
+            count = sum(p.numel() for module in learner.groups.values() for p in module.parameters())
+            assert f"{count:_}".replace("_", " ") in rows[variant], variant
+
     def test_every_registered_method_has_a_page(self):
         from mmad_cli.methods.registry import _BUILT_IN
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 from pydantic import Field, model_validator
 
-from mmad_cli.errors import DataError
 from mmad_cli.methods.base import MAP_SIZE, MethodDefinition, Prediction, SampleFeatures
 from mmad_cli.methods.cmdr_iad.inference import (
     POLYURETHANE_SMOOTHING,
@@ -29,8 +28,6 @@ from mmad_cli.methods.mapping.trainer import Learner, TrainerConfig
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-_log = logging.getLogger(__name__)
 
 Variant = Literal["rgb+3d", "rgb", "3d", "polyurethane"]
 
@@ -86,8 +83,9 @@ class CmdrIadConfig(MappingConfig):
     rgb_mask: Literal["points", "none"] = "points"
     # variant 3d: windows of the means that the error goes through; the paper's pictures are not smoothed
     points_smoothing: tuple[int, ...] = ()
-    # rgb+3d, a test sample without one modality: `error`, or `drop` to the reconstruction of the other
-    missing_modality: Literal["error", "drop"] = "error"
+    # rgb+3d, a test sample without one modality: `drop` to the reconstruction of the other, which the run says; or
+    # `error`
+    missing_modality: Literal["drop", "error"] = "drop"
     # variant polyurethane: side of the grid that the points of a chunk make in the order of the file
     chunk_side: int = Field(default=CHUNK_SIDE, ge=8, le=MAP_SIZE)
 
@@ -177,12 +175,17 @@ class CmdrIad(MappingMethod):
             return super().sample_errors(learner, tokens)
         return self._scan_errors(learner, TokenScan(self.reader, tokens))
 
+    @property
+    def drops_missing(self) -> bool:
+        """Whether a sample without one modality is scored by the other."""
+        return self.config.variant == "rgb+3d" and self.config.missing_modality == "drop"
+
     def predict(self, sample: SampleFeatures) -> Prediction:
         """Score one sample, by one modality where the other is missing and `missing_modality` is `drop`.
 
         Raises RuntimeError before `fit` or `load`, DataError where features do not fit.
         """
-        if self.config.variant == "rgb+3d" and self.config.missing_modality == "drop":
+        if self.drops_missing:
             left = self._present(sample)
             if len(left) == 1:
                 return self._by_one(sample, left[0])
@@ -220,21 +223,26 @@ class CmdrIad(MappingMethod):
 
     def _present(self, sample: SampleFeatures) -> tuple[str, ...]:
         """Streams that the sample has; both when it has neither, so that reading it tells what is wrong."""
-        present = []
-        for stream in (RGB, POINTS):
-            try:
-                replace(self.reader, streams=(stream,)).tokens(sample)
-            except DataError:
-                continue
-            present.append(stream)
-        return tuple(present) or (RGB, POINTS)
+        present = tuple(stream for stream in (RGB, POINTS) if _has(sample, stream))
+        return present or (RGB, POINTS)
 
     def _by_one(self, sample: SampleFeatures, stream: str) -> Prediction:
         """Scored as the variant of one modality does it; its scale is not that of samples with both."""
-        _log.warning("%s: scored by %s alone, the other modality is missing", sample.id, stream)
         variant: Variant = "rgb" if stream == RGB else "3d"
         alone = CmdrIad(self.config.model_copy(update={"variant": variant, "rgb_mask": "none"}), self.device)
-        return alone.scored(alone.errors(self._fitted(), alone.reader(sample)))
+        with torch.inference_mode():
+            found = alone.scored(alone.errors(self._fitted(), alone.reader(sample)))
+        other = "3D" if stream == RGB else "RGB"
+        return replace(found, note=f"scored by {'RGB' if stream == RGB else '3D'} alone, {other} is missing")
+
+
+def _has(sample: SampleFeatures, stream: str) -> bool:
+    """Whether a sample has a feature; one without a valid point has no point features."""
+    try:
+        arrays = sample[stream]
+    except KeyError:
+        return False
+    return stream == RGB or len(arrays["pixel"]) > 0
 
 
 def nearest(values: NDArray[Any], size: int) -> NDArray[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ def fitted(**settings: Any) -> CmdrIad:
 
 @pytest.fixture(scope="module")
 def both() -> CmdrIad:
-    return fitted(missing_modality="drop")
+    return fitted()
 
 
 def test_published_settings() -> None:
@@ -110,22 +109,22 @@ def without(sample: GeneratedSample, feature: str) -> GeneratedSample:
     return GeneratedSample(sample.id, {name: arrays for name, arrays in sample.arrays.items() if name != feature})
 
 
-def test_sample_without_points_is_scored_by_its_image(both: CmdrIad, caplog: pytest.LogCaptureFixture) -> None:
+def test_sample_without_points_is_scored_by_its_image(both: CmdrIad) -> None:
     sample = samples(both, "test", 1)[0]
-    with caplog.at_level(logging.WARNING):
-        found = both.predict(without(sample, "points"))
-    assert sample.id in caplog.text and "rgb alone" in caplog.text
+    found = both.predict(without(sample, "points"))
+    assert found.note == "scored by RGB alone, 3D is missing"
+    empty = {name: array[:0] for name, array in sample["points"].items()}
+    same(both.predict(GeneratedSample(sample.id, {**sample.arrays, "points": empty})), found)
     image = CmdrIad(CmdrIadConfig(**SMALL, variant="rgb", rgb_mask="none")).reader(sample)
     decoder = {"rgb_decoder": both.learner_.networks["rgb_decoder"]}  # type: ignore[attr-defined]
     error = errors(decoder, image.rgb, None, image.valid)["rgb_decoder"].view(16, 16).numpy()
     same(found, scaled(smooth(at_map_size(error), RGB_SMOOTHING)))
 
 
-def test_sample_without_image_is_scored_by_its_points(both: CmdrIad, caplog: pytest.LogCaptureFixture) -> None:
+def test_sample_without_image_is_scored_by_its_points(both: CmdrIad) -> None:
     sample = samples(both, "test", 1)[0]
-    with caplog.at_level(logging.WARNING):
-        found = both.predict(without(sample, "rgb"))
-    assert "points alone" in caplog.text
+    found = both.predict(without(sample, "rgb"))
+    assert found.note == "scored by 3D alone, RGB is missing"
     cloud = CmdrIad(CmdrIadConfig(**SMALL, variant="3d")).reader(sample)
     decoder = {"point_decoder": both.learner_.networks["point_decoder"]}  # type: ignore[attr-defined]
     error = errors(decoder, None, cloud.points, cloud.valid)["point_decoder"].view(16, 16).numpy()
@@ -137,15 +136,20 @@ def same(found: Prediction, expected: Prediction) -> None:
     assert found.image_score == pytest.approx(expected.image_score)
 
 
-def test_sample_with_both_or_none_is_treated_as_ever(both: CmdrIad, caplog: pytest.LogCaptureFixture) -> None:
+def test_sample_with_both_or_none_is_treated_as_ever(both: CmdrIad) -> None:
     sample = samples(both, "test", 1)[0]
     whole = both.predict(sample)
-    assert "alone" not in caplog.text
-    other = CmdrIad(CmdrIadConfig(**SMALL))
+    assert not whole.note
+    other = CmdrIad(CmdrIadConfig(**SMALL, missing_modality="error"))
     other.learner_, other._trained_channels = both.learner_, both._trained_channels
     same(other.predict(sample), whole)
     with pytest.raises(DataError, match=sample.id):
         both.predict(without(without(sample, "rgb"), "points"))
+    for feature in ("rgb", "points"):
+        with pytest.raises(DataError, match=sample.id):
+            other.predict(without(sample, feature))
+    assert both.drops_missing and not other.drops_missing
+    assert not CmdrIad(CmdrIadConfig(variant="rgb")).drops_missing
 
 
 def test_switches_of_the_figure_change_smoothing_and_score(both: CmdrIad) -> None:
