@@ -80,6 +80,13 @@ def evaluate(
     full_resolution: Annotated[
         bool, typer.Option("--full-resolution", help="Metrics at scan size instead of 224 x 224.")
     ] = False,
+    score_validation: Annotated[
+        bool,
+        typer.Option(
+            "--score-validation",
+            help="Score validation samples too: false alarms at the threshold that 0.5 % of them exceed.",
+        ),
+    ] = False,
     device: Device = "auto",
     workers: Workers = None,
     save_maps: Annotated[bool, typer.Option("--save-maps", help="Write the anomaly maps into the run.")] = False,
@@ -127,6 +134,7 @@ def evaluate(
                 selection=Selection(tuple(category or ()), shots=shots, limit=limit, seed=chosen.seed),
                 save_maps=save_maps,
                 full_resolution=full_resolution,
+                score_validation=score_validation,
                 force=force,
                 out=_out(out, chosen, combinations),
                 checkpoints=checkpoints,

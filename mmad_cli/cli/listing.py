@@ -51,7 +51,8 @@ def methods(json: Json = False) -> None:
     show(
         [
             {
-                "name": d.name,
+                # the table has one column for both
+                **({"name": d.name, "label": d.label} if json else {"name": d.label}),
                 "title": d.title,
                 "variants": list(d.variants),
                 "default": d.default_variant,
@@ -79,7 +80,7 @@ def variants(
     definitions = [get_method(name) for name in ([method] if method else method_names())]
     show(
         [
-            {"method": d.name, "variant": variant, "modality": d.modalities[variant], "what": text}
+            {"method": d.label, "variant": variant, "modality": d.modalities[variant], "what": text}
             for d in definitions
             for variant, text in d.variants.items()
         ],
@@ -161,7 +162,7 @@ def runs(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("
         [
             {
                 "run": str(path),
-                "method": result.method.name,
+                "method": result.method.shown,
                 "variant": result.method.variant,
                 "recipe": result.method.recipe,
                 "dataset": result.dataset.name,

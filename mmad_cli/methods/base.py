@@ -6,7 +6,7 @@ knows no dataset, and takes its seed as an argument.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -176,6 +176,57 @@ class SharedTraining(Protocol):
         """Read what `save_shared` wrote."""
 
 
+class Experts(Protocol):
+    """A part of a method that its configurations share: fitted first, then it says something of each scan.
+
+    A stage keeps it and what it says apart from the method, so that what was found out for one configuration serves
+    the others.
+    """
+
+    def settings(self) -> dict[str, Any]:
+        """All that changes what it says beside seed and features, as JSON."""
+
+    def looks(self) -> Mapping[str, Sequence[str]]:
+        """Features that each look reads, by the name of the look; the first is what `fit` reads too."""
+
+    def fit(self, train: FeatureSet, *, seed: int, progress: ProgressCallback | None = None) -> None:
+        """Learn from good samples. Raises DataError when there are too few."""
+
+    def look(self, sample: SampleFeatures, name: str) -> Mapping[str, NDArray[Any]]:
+        """What it says of a scan."""
+
+    def save(self, folder: Path) -> None:
+        """Write the fitted state into an empty folder."""
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+
+
+@runtime_checkable
+class HasExperts(Protocol):
+    """What a method offers that has `Experts`.
+
+    The stage fits or loads them before it calls `fit` or `load`, and hands over samples that are `LookedAt`. Without
+    such samples the method fits its experts itself and saves them with the rest.
+    """
+
+    @property
+    def experts(self) -> Experts:
+        """The experts of this method."""
+
+
+@runtime_checkable
+class LookedAt(Protocol):
+    """A sample whose looks the stage has."""
+
+    @property
+    def id(self) -> str:
+        """`<split>/<defect>/<stem>`."""
+
+    def look(self, name: str) -> Mapping[str, NDArray[Any]]:
+        """What the experts say of it, by the name of the look; read-only."""
+
+
 @runtime_checkable
 class Trained(Protocol):
     """What a method offers on top of `Method` when its fit is a training that an interruption must not lose."""
@@ -203,6 +254,7 @@ class MethodDefinition:
     variant to one line about it. `version` is raised whenever results change. `protocol` is the preprocessing that
     the published numbers were made with, `other_protocols` are those of further published numbers. `builtin` holds the
     switches that run the method on the built-in backbones, beyond `rgb_backbone` and `point_backbone` themselves.
+    `qualifier` is what lists, reports and results put behind the name of a method that is not what was published.
     """
 
     name: str
@@ -220,6 +272,12 @@ class MethodDefinition:
     notes: tuple[str, ...] = ()
     other_protocols: tuple[str, ...] = ()
     builtin: Mapping[str, Any] = field(default_factory=dict)
+    qualifier: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name with what must be said wherever it stands: `iaenet (re-design after the abstract)`."""
+        return f"{self.name} ({self.qualifier})" if self.qualifier else self.name
 
 
 def as_float32(array: NDArray[Any]) -> FloatArray:

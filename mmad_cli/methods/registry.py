@@ -20,6 +20,7 @@ _BUILT_IN = {
     "cfm": "mmad_cli.methods.cfm:DEFINITION",
     "cmdr_iad": "mmad_cli.methods.cmdr_iad.method:DEFINITION",
     "g2sf": "mmad_cli.methods.g2sf.method:DEFINITION",
+    "iaenet": "mmad_cli.methods.iaenet.method:DEFINITION",
     "m3dm": "mmad_cli.methods.m3dm.method:DEFINITION",
     "mafr": "mmad_cli.methods.mafr.method:DEFINITION",
     "patchcore": "mmad_cli.methods.patchcore:DEFINITION",

@@ -76,6 +76,24 @@ def fpr_at_tpr(labels: ArrayLike, scores: ArrayLike, tpr: float = 0.95) -> float
     return false_positive_rate_at(_points(labels, scores), tpr)
 
 
+def threshold_at_fpr(normal_scores: ArrayLike, fpr: float = 0.005) -> float:
+    """Lowest threshold among good scores (N,) that at most the fraction `fpr` of them exceeds; an alarm is above it.
+
+    Of fewer than 1 / fpr scores it is the largest. Raises ValueError without scores, for scores that are not finite
+    and for `fpr` outside [0, 1).
+
+    >>> threshold_at_fpr([0.1, 0.4, 0.2, 0.3], 0.25)
+    0.3
+    """
+    values = np.sort(np.asarray(normal_scores, dtype=np.float64).ravel())
+    if not values.size or not np.isfinite(values).all():
+        raise ValueError(f"normal_scores must hold finite scores, got {values.size} of them")
+    if not 0 <= fpr < 1:
+        raise ValueError(f"fpr must be in [0, 1), got {fpr}")
+    # 0.1 * 10 must allow one of ten in spite of rounding
+    return float(values[values.size - 1 - int(fpr * values.size + 1e-9)])
+
+
 def area_under_roc(points: OperatingPoints) -> float:
     """ROC area of counted points: the Mann-Whitney statistic over the number of pairs, in integers."""
     gained = np.diff(points.true_positives, prepend=0)

@@ -16,14 +16,22 @@ from mmad_cli.metrics.ranking import (
     operating_points,
     rank_pixels,
 )
-from mmad_cli.metrics.roc import area_under_precision, area_under_roc, best_f1, false_positive_rate_at
+from mmad_cli.metrics.roc import (
+    area_under_precision,
+    area_under_roc,
+    best_f1,
+    false_positive_rate_at,
+    threshold_at_fpr,
+)
 from mmad_cli.types import BoolArray
 
 # Raised whenever a value can change for the same masks and maps
-METRICS_VERSION = 1
+METRICS_VERSION = 2
 
 IMAGE_KEYS = ("i_auroc", "i_ap", "i_f1max", "i_fpr95")
-PIXEL_KEYS = ("p_auroc", "p_ap", "p_f1max")
+# at the threshold that 0.5 % of the good validation images exceed: what a line would see
+VALIDATION_KEYS = ("i_fpr_val", "i_tpr_val")
+PIXEL_KEYS = ("p_auroc", "p_ap", "p_f1max", "p_fpr95")
 
 # Number of thresholds (None: exact) and, for each key, the limit on the false-positive rate
 AUPRO_RULES: tuple[tuple[int | None, dict[str, float]], ...] = (
@@ -32,7 +40,9 @@ AUPRO_RULES: tuple[tuple[int | None, dict[str, float]], ...] = (
     (99, {"aupro_30_grid99": 0.3, "aupro_10_grid99": 0.1, "aupro_05_grid99": 0.05, "aupro_01_grid99": 0.01}),
 )
 AUPRO_KEYS = tuple(key for _, limits in AUPRO_RULES for key in limits)
-METRIC_KEYS = IMAGE_KEYS + PIXEL_KEYS + AUPRO_KEYS
+METRIC_KEYS = IMAGE_KEYS + VALIDATION_KEYS + PIXEL_KEYS + AUPRO_KEYS
+
+NO_VALIDATION = "validation images were not scored; --score-validation does that"
 
 
 @dataclass(frozen=True)
@@ -50,12 +60,14 @@ def all_metrics(
     maps: ImageStack,
     *,
     aupro_maps: ImageStack | None = None,
+    validation_scores: ArrayLike | None = None,
 ) -> MetricsResult:
     """Every metric of one category; what is undefined is None with a reason instead of an error.
 
     labels 0 or 1 (N,); image_scores real (N,); masks bool and maps float, (N, H, W) or N arrays (H, W) of any
     sizes. `aupro_maps` replaces `maps` for the AUPRO values, for methods that scale the two differently (CFM,
-    arXiv 2312.04521, and those built on it). An image whose mask vanished keeps its label. Raises ValueError
+    arXiv 2312.04521, and those built on it). `validation_scores` (V,), of good images that are not tested, give the
+    threshold of `i_fpr_val` and `i_tpr_val`. An image whose mask vanished keeps its label. Raises ValueError
     when counts or shapes differ, labels or masks hold other values than 0 and 1, or scores or maps are not
     finite.
 
@@ -73,11 +85,17 @@ def all_metrics(
     aupro_pixels = pixels if aupro_maps is None else rank_pixels(masks, aupro_maps)
     values = {
         **_image_values(flags, scores),
+        **_validation_values(flags, scores, validation_scores),
         **_pixel_values(pixels),
         **_aupro_values(aupro_pixels),
     }
     image_reason, pixel_reason = missing_image_class(flags), pixels.undefined
-    reasons = dict.fromkeys(IMAGE_KEYS, image_reason) | dict.fromkeys(PIXEL_KEYS + AUPRO_KEYS, pixel_reason)
+    validation_reason = image_reason or (None if _given(validation_scores) else NO_VALIDATION)
+    reasons = (
+        dict.fromkeys(IMAGE_KEYS, image_reason)
+        | dict.fromkeys(VALIDATION_KEYS, validation_reason)
+        | dict.fromkeys(PIXEL_KEYS + AUPRO_KEYS, pixel_reason)
+    )
     return MetricsResult(
         values={key: values.get(key) for key in METRIC_KEYS},
         reasons={key: reason for key, reason in reasons.items() if reason},
@@ -92,10 +110,22 @@ def _image_values(flags: BoolArray, scores: AnyArray) -> dict[str, float]:
     return dict(zip(IMAGE_KEYS, (*_ranking_values(points), fpr95), strict=True))
 
 
+def _validation_values(flags: BoolArray, scores: AnyArray, validation: ArrayLike | None) -> dict[str, float]:
+    if validation is None or not _given(validation) or missing_image_class(flags):
+        return {}
+    alarms = scores > threshold_at_fpr(validation)
+    return dict(zip(VALIDATION_KEYS, (float(alarms[~flags].mean()), float(alarms[flags].mean())), strict=True))
+
+
+def _given(validation: ArrayLike | None) -> bool:
+    return validation is not None and np.size(validation) > 0
+
+
 def _pixel_values(pixels: RankedPixels) -> dict[str, float]:
     if pixels.undefined:
         return {}
-    return dict(zip(PIXEL_KEYS, _ranking_values(pixels.points), strict=True))
+    fpr95 = false_positive_rate_at(pixels.points, 0.95)
+    return dict(zip(PIXEL_KEYS, (*_ranking_values(pixels.points), fpr95), strict=True))
 
 
 def _ranking_values(points: OperatingPoints) -> tuple[float, float, float]:

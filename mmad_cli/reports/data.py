@@ -81,7 +81,7 @@ def _all_metrics(runs: Sequence[RunResult]) -> list[str]:
 
 
 def _run_lines(run: RunResult, metrics: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    head = (run.run_id, run.method.name, run.method.variant, run.method.recipe, run.dataset.name)
+    head = (run.run_id, run.method.shown, run.method.variant, run.method.recipe, run.dataset.name)
     tables = [(name, result.metrics) for name, result in run.categories.items()] + [(MEAN, run.mean)]
     for name, values in tables:
         for metric in metrics:
@@ -128,7 +128,7 @@ def _seed_group(group: SeedGroup) -> dict[str, Any]:
     return {
         "run_ids": [run.run_id for run in group.runs],
         "seeds": list(group.seeds),
-        "method": first.method.name,
+        "method": first.method.shown,
         "variant": first.method.variant,
         "recipe": first.method.recipe,
         "dataset": first.dataset.name,

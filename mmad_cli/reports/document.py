@@ -98,7 +98,7 @@ def choose_metrics(runs: Sequence[RunResult], metrics: Sequence[str] | None) -> 
 
 def run_label(run: RunResult) -> str:
     """Method, variant and recipe."""
-    return f"{run.method.name} {run.method.variant} ({run.method.recipe})"
+    return f"{run.method.shown} {run.method.variant} ({run.method.recipe})"
 
 
 def _by_dataset(runs: Sequence[RunResult]) -> list[list[RunResult]]:

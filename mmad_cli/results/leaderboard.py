@@ -244,7 +244,7 @@ def _run_row(board: _Board, group: SeedGroup, members: Sequence[BoardRun]) -> Ro
     several = len(group.runs) > 1
     of_group = [next(m for m in members if m.result is run) for run in group.runs]
     return Row(
-        method=first.method.name,
+        method=first.method.shown,
         variant=first.method.variant,
         modality=of_group[0].modality.upper(),
         source=f"{len(group.runs)} runs, seeds {', '.join(map(str, group.seeds))}" if several else first.run_id,

@@ -44,11 +44,17 @@ class MethodInfo(_Model):
     """Which method ran, with every switch that it ran with."""
 
     name: str
+    label: str = Field(default="", description="The name with what must be said beside it; empty where nothing must.")
     variant: str
     recipe: str = Field(description="'official' (published code, quirks included), 'corrected', or 'custom'.")
     config: dict[str, Any] = Field(default_factory=dict)
     config_hash: str
     method_version: str
+
+    @property
+    def shown(self) -> str:
+        """The name as reports print it."""
+        return self.label or self.name
 
 
 class CategoryCounts(_Model):

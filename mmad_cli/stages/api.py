@@ -105,7 +105,7 @@ def evaluate(data: Pathlike, *, method: str, **options: Any) -> tuple[RunResult,
     """Evaluate a method; returns the run result and the folder it was written to.
 
     Options: variant, recipe, settings (fields of the method's configuration), protocol, preprocessing, categories,
-    shots, limit, seed, save_maps, full_resolution, force, out, store, workers, device.
+    shots, limit, seed, save_maps, full_resolution, score_validation, force, out, store, workers, device.
     """
     session, request = _request(data, method, options)
     with session:

@@ -75,14 +75,18 @@ def check_export(out: Path | None, categories: Sequence[str]) -> None:
             raise UsageError(f"--export {out}: {target} exists and holds something else; name a new folder")
 
 
-def export_state(store: Store, artefact: Artefact, out: Path) -> Path:
-    """Copy the fitted state of a category into a folder below `out`, which appears whole or not at all."""
-    source, _ = store.read_folder(artefact)
-    target = _export_folder(out, artefact.category)
+def export_state(store: Store, parts: Sequence[Artefact], out: Path) -> Path:
+    """Copy the fitted state of a category, kept in one or more parts, into a folder below `out`.
+
+    The folder appears whole or not at all.
+    """
+    sources = [store.read_folder(part)[0] for part in parts]
+    target = _export_folder(out, parts[-1].category)
     with translated_os_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(target) as temporary:
-            shutil.copytree(source, temporary, dirs_exist_ok=True)
+            for source in sources:
+                shutil.copytree(source, temporary, dirs_exist_ok=True)
     return target
 
 

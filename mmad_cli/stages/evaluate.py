@@ -17,6 +17,7 @@ from mmad_cli.results.schema import (
     CategoryResult,
     RunResult,
 )
+from mmad_cli.stages.experts import forget_experts
 from mmad_cli.stages.plan import (
     CategoryPlan,
     CategorySamples,
@@ -120,6 +121,8 @@ def forget(session: Session, plan: CategoryPlan) -> None:
             session.store.remove(feature.artefact)
     for artefact in (plan.fit, plan.result, *plan.predictions.values()):
         session.store.remove(artefact)
+    if plan.experts is not None:
+        forget_experts(session, plan.experts)
 
 
 def evaluate_category(
@@ -183,9 +186,10 @@ def _compute_category(
         method, info = fitted_method(session, plan, prepared.run)
     with clock("predict"):
         scored = predictions(session, plan, prepared.run, method)
+        validated = predictions(session, plan, prepared.run, method, plan.samples.validation)
     watch = Stopwatch()
     with clock("metrics"):
-        values, reasons = _metrics(session, prepared, plan, scored)
+        values, reasons = _metrics(session, prepared, plan, scored, validated)
     watch.lap(len(scored))
     watch.record(session, metrics_name(prepared.request.full_resolution))
     result = CategoryResult(
@@ -223,7 +227,11 @@ def _raise_failures(report: StageReport) -> None:
 
 
 def _metrics(
-    session: Session, prepared: Prepared, plan: CategoryPlan, scored: Sequence[Prediction]
+    session: Session,
+    prepared: Prepared,
+    plan: CategoryPlan,
+    scored: Sequence[Prediction],
+    validated: Sequence[Prediction],
 ) -> tuple[dict[str, float | None], dict[str, str]]:
     import numpy as np
 
@@ -246,7 +254,8 @@ def _metrics(
     scaled = None
     if any(prediction.aupro_scale != 1.0 for prediction in scored):
         scaled = [one * np.float32(p.aupro_scale) for one, p in zip(maps, scored, strict=True)]
-    result = all_metrics(labels, scores, masks, maps, aupro_maps=scaled)
+    good = [prediction.image_score for prediction in validated]
+    result = all_metrics(labels, scores, masks, maps, aupro_maps=scaled, validation_scores=good)
     return dict(result.values), dict(result.reasons)
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from mmad_cli.errors import DataError, StoreError, UsageError, unknown_name
 from mmad_cli.stages.checkpoints import check_export, export_state
 from mmad_cli.stages.donors import donor_pool
+from mmad_cli.stages.experts import STAGE as FIT_EXPERTS
+from mmad_cli.stages.experts import forget_experts
 from mmad_cli.stages.features import FeatureJob, runs_in_pool
 from mmad_cli.stages.plan import (
     FIT,
@@ -197,6 +199,8 @@ def _fit_category(
     if prepared.request.force:
         _forget(session, jobs)
         session.store.remove(plan.fit)
+        if plan.experts is not None:
+            forget_experts(session, plan.experts)
     reports = {"preprocess": preprocess_category(session, samples.category, clean)}
     if reports["preprocess"].failures:
         return CategoryOutcome(samples.category, reports)
@@ -206,7 +210,8 @@ def _fit_category(
     try:
         _, info = fitted_method(session, plan, prepared.run)
         if prepared.request.export is not None:
-            export_state(session.store, plan.fit, prepared.request.export)
+            parts = [plan.fit] if plan.experts is None else [plan.experts.artefact, plan.fit]
+            export_state(session.store, parts, prepared.request.export)
     except StoreError:
         raise
     except DataError as error:
@@ -275,10 +280,15 @@ def _plan_results(
     """Fitting, scoring and metrics."""
     store, category = session.store, chain.samples.category
     trained, tested = len(chain.samples.train), len(chain.samples.test)
+    if chain.experts is not None:
+        missing = int(not store.folder(chain.experts.artefact).is_dir())
+        seconds = _method_seconds(session, known, FIT_EXPERTS, prepared, trained, missing * trained)
+        yield PlanLine(category, FIT_EXPERTS, 1, missing, 0, 0, seconds)
     missing = int(not store.folder(chain.fit).is_dir())
     memory = prepared.run.build("cpu").memory_estimate(trained)
     seconds = _method_seconds(session, known, FIT, prepared, trained, missing * trained)
     yield PlanLine(category, "fit", 1, missing, 0, memory, seconds)
+    tested = len(chain.predictions)
     left = sum(not store.has_tensors(artefact) for artefact in chain.predictions.values())
     seconds = _method_seconds(session, known, PREDICT, prepared, trained, left)
     yield PlanLine(category, "predict", tested, left, left * 201_000, 0, seconds)

@@ -18,6 +18,7 @@ from mmad_cli.errors import DataError, UsageError, unknown_name
 from mmad_cli.stages.checkpoints import Checkpoint, find_checkpoint
 from mmad_cli.stages.clean import CleanJob, clean_key, used_files
 from mmad_cli.stages.donors import donor_pool, pseudo_jobs
+from mmad_cli.stages.experts import ExpertsPlan, plan_experts
 from mmad_cli.stages.features import FeatureJob, feature_key
 from mmad_cli.stages.labels import list_refs
 from mmad_cli.stages.session import Session
@@ -85,6 +86,8 @@ class MethodRun:
     weights: Mapping[str, str]
     own_weights: tuple[str, ...] = ()
     reads_validation: bool = False
+    # validation samples are scored too, for the threshold that they give
+    scores_validation: bool = False
     # folder of fitted states, one below it per category, that take the place of fitting
     checkpoints: Path | None = None
 
@@ -116,6 +119,8 @@ class CategoryPlan:
     predictions: Mapping[str, Artefact]
     result: Artefact
     checkpoint: Checkpoint | None = None
+    # what the method's configurations share; a checkpoint has its own
+    experts: ExpertsPlan | None = None
 
     @property
     def keys(self) -> set[str]:
@@ -123,6 +128,8 @@ class CategoryPlan:
         keys = {self.fit.key, self.result.key, *(artefact.key for artefact in self.predictions.values())}
         keys.update(job.key for job in self.clean.values())
         keys.update(job.key for jobs in self.features.values() for job in jobs.values())
+        if self.experts is not None:
+            keys |= self.experts.keys
         return keys
 
 
@@ -237,7 +244,7 @@ def plan_category(
 
     category = samples.category
     definition = run.definition
-    if not run.reads_validation:
+    if not (run.reads_validation or run.scores_validation):
         samples = replace(samples, validation=())
     clean = clean_jobs(session, dataset, samples, preprocessing)
     features = feature_jobs(
@@ -258,19 +265,20 @@ def plan_category(
         seed=run.seed,
         libraries=library_versions(definition.libraries),
         train=[keys_of(ref) for ref in samples.train],
-        validation=[keys_of(ref) for ref in samples.validation],
+        validation=[keys_of(ref) for ref in samples.validation if run.reads_validation],
         shared=None if shared is None else shared.key,
         weights={name: run.weights[name] for name in run.own_weights},
         **instead,
     )
     predictions = {
         ref.id: Artefact(PREDICT, category, make_key(PREDICT, definition.version, fit=fit, features=keys_of(ref)))
-        for ref in samples.test
+        for ref in (*samples.test, *samples.validation)
     }
     result = make_key(
         EVALUATE,
         METRICS_VERSION,
         predictions=[[ref.id, predictions[ref.id].key, clean[ref.id].key] for ref in samples.test],
+        validation=[predictions[ref.id].key for ref in samples.validation],
         full_resolution=full_resolution,
     )
     return CategoryPlan(
@@ -282,4 +290,5 @@ def plan_category(
         predictions=predictions,
         result=Artefact(EVALUATE, category, result),
         checkpoint=checkpoint,
+        experts=plan_experts(category, samples.train, features, run) if checkpoint is None else None,
     )

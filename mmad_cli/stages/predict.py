@@ -15,6 +15,7 @@ from mmad_cli.files import translated_os_errors
 from mmad_cli.methods.base import Prediction, Trained
 from mmad_cli.stages.checkpoints import load_checkpoint
 from mmad_cli.stages.clean import recomputed
+from mmad_cli.stages.experts import LookedSample, experts_of, ready_experts
 from mmad_cli.stages.features import StoredFeatures, StoredSample
 from mmad_cli.stages.plan import FIT, PREDICT, CategoryPlan, MethodRun
 from mmad_cli.stages.session import Session
@@ -27,15 +28,19 @@ if TYPE_CHECKING:
     from mmad_cli.methods.base import Method
 
 
-def stored_sample(session: Session, plan: CategoryPlan, ref: SampleRef) -> StoredSample:
-    """Features of one sample."""
+def stored_sample(session: Session, plan: CategoryPlan, ref: SampleRef, method: Method) -> StoredSample:
+    """Features of one sample, and what the method's experts say of it where it has some."""
     jobs = {name: by_id[ref.id] for name, by_id in plan.features.items() if ref.id in by_id}
-    return StoredSample(ref.id, jobs, session.resolve_device(), session.reporter.notice)
+    plain = StoredSample(ref.id, jobs, session.resolve_device(), session.reporter.notice)
+    if plan.experts is None:
+        return plain
+    looks = {name: by_id[ref.id] for name, by_id in plan.experts.looks.items() if ref.id in by_id}
+    return LookedSample(plain.id, plain.jobs, plain.device, plain.notice, looks, experts_of(method), session)
 
 
-def stored_features(session: Session, plan: CategoryPlan, refs: Sequence[SampleRef]) -> StoredFeatures:
+def stored_features(session: Session, plan: CategoryPlan, refs: Sequence[SampleRef], method: Method) -> StoredFeatures:
     """Features of several samples."""
-    return StoredFeatures([stored_sample(session, plan, ref) for ref in refs])
+    return StoredFeatures([stored_sample(session, plan, ref, method) for ref in refs])
 
 
 def fitted_method(session: Session, plan: CategoryPlan, run: MethodRun) -> tuple[Method, dict[str, Any]]:
@@ -54,8 +59,8 @@ def fitted_method(session: Session, plan: CategoryPlan, run: MethodRun) -> tuple
             return method, _keep(session, plan, method)
         if not plan.samples.train:
             raise DataError(f"category {plan.samples.category}: no training sample in train/good")
-        train = stored_features(session, plan, plan.samples.train)
-        validation = stored_features(session, plan, plan.samples.validation)
+        train = stored_features(session, plan, plan.samples.train, method)
+        validation = stored_features(session, plan, plan.samples.validation, method)
         work = store.root / WORK / plan.fit.key
         with session.reporter.task(f"{plan.samples.category}: fitting", 0) as advance:
             watch = Stopwatch()
@@ -108,6 +113,9 @@ def _unfitted(session: Session, plan: CategoryPlan, run: MethodRun) -> Method:
     method = run.build(session.resolve_device())
     if plan.shared is not None:
         load_shared(session, plan.shared, method)
+    if plan.experts is not None:
+        train = stored_features(session, plan, plan.samples.train, method)
+        ready_experts(session, plan.experts, train, run, method, plan.samples.category)
     return method
 
 
@@ -136,16 +144,23 @@ def write_prediction(session: Session, artefact: Artefact, prediction: Predictio
     session.store.write_tensors(artefact, tensors, {"note": prediction.note} if prediction.note else {})
 
 
-def predictions(session: Session, plan: CategoryPlan, run: MethodRun, method: Method | None) -> list[Prediction]:
-    """A prediction per test sample in order; only what is missing is computed."""
-    found = {ref.id: read_prediction(session, plan.predictions[ref.id]) for ref in plan.samples.test}
-    missing = [ref for ref in plan.samples.test if found[ref.id] is None]
+def predictions(
+    session: Session,
+    plan: CategoryPlan,
+    run: MethodRun,
+    method: Method | None,
+    refs: Sequence[SampleRef] | None = None,
+) -> list[Prediction]:
+    """A prediction per test sample in order, or per sample of `refs`; only what is missing is computed."""
+    refs = plan.samples.test if refs is None else refs
+    found = {ref.id: read_prediction(session, plan.predictions[ref.id]) for ref in refs}
+    missing = [ref for ref in refs if found[ref.id] is None]
     if missing:
         method = method or fitted_method(session, plan, run)[0]
         watch = Stopwatch()
         with session.reporter.task(f"{plan.samples.category}: scoring", len(missing)) as advance:
             for done, ref in enumerate(missing, start=1):
-                scored = method.predict(stored_sample(session, plan, ref))
+                scored = method.predict(stored_sample(session, plan, ref, method))
                 numbers = (scored.image_score, scored.aupro_scale)
                 if not (np.isfinite(scored.anomaly_map).all() and np.isfinite(numbers).all()):
                     raise DataError(f"{plan.samples.category} {ref.id}: the method gave a score that is not finite")
@@ -154,4 +169,4 @@ def predictions(session: Session, plan: CategoryPlan, run: MethodRun, method: Me
                 watch.lap(done)
                 advance(done, len(missing))
         watch.record(session, method_name(PREDICT, run, session.resolve_device(), len(plan.samples.train)))
-    return [prediction for ref in plan.samples.test if (prediction := found[ref.id]) is not None]
+    return [prediction for ref in refs if (prediction := found[ref.id]) is not None]

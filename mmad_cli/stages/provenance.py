@@ -39,6 +39,8 @@ def start_run(prepared: Prepared, samples: Mapping[str, CategorySamples]) -> Run
         "selection": [request.selection.shots, request.selection.limit, request.selection.seed],
         "categories": prepared.categories,
         "full_resolution": request.full_resolution,
+        # other runs keep the name that they have
+        **({"score_validation": True} if request.score_validation else {}),
     }
     suffix = digest_bytes(canonical_json(identity).encode())[:8]
     result = RunResult(
@@ -46,6 +48,7 @@ def start_run(prepared: Prepared, samples: Mapping[str, CategorySamples]) -> Run
         argv=list(request.argv),
         method=MethodInfo(
             name=run.definition.name,
+            label=run.definition.label if run.definition.qualifier else "",
             variant=run.config.variant,
             recipe=request.recipe,
             config=run.config_dump,

@@ -35,6 +35,7 @@ class EvaluateRequest:
     selection: Selection = field(default_factory=Selection)
     save_maps: bool = False
     full_resolution: bool = False
+    score_validation: bool = False
     force: bool = False
     out: Path | None = None
     checkpoints: Path | None = None
@@ -85,6 +86,7 @@ def prepare(session: Session, request: EvaluateRequest) -> Prepared:
         {record.name: record.sha256 for record in records},
         own_weights,
         reads_validation=isinstance(method, ReadsValidation) and method.needs_validation,
+        scores_validation=request.score_validation,
         checkpoints=_checkpoint_folder(request.checkpoints),
     )
     preprocessing = preprocess_config(request.protocol or definition.protocol, request.preprocessing)

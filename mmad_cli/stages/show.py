@@ -77,7 +77,7 @@ def _find(run: RunResult, folder: Path, sample: str, category: str | None) -> tu
 
 
 def _texts(run: RunResult, category: str, shown: SampleScore, scores: list[SampleScore]) -> list[str]:
-    method = f"{run.method.name} {run.method.variant} ({run.method.recipe}) on {run.dataset.name}, seed {run.seed}"
+    method = f"{run.method.shown} {run.method.variant} ({run.method.recipe}) on {run.dataset.name}, seed {run.seed}"
     return [
         f"{category}  {shown.id}  image score {shown.image_score:.4g}",
         _place(shown, scores),

@@ -6,20 +6,28 @@ and the features that were scored; it knows nothing of how its scores are used.
 
 from mmad_cli.methods.experts.expert import Expert, Lookup
 from mmad_cli.methods.experts.normalisers import NORMALISERS, Normaliser, fit_normaliser
+from mmad_cli.methods.experts.panel import LOOK, RANKS, Look, Panel, Scan, cell_labels, foreground
 from mmad_cli.methods.experts.pseudo import PseudoSample, pseudo_samples, with_pseudo
 from mmad_cli.methods.experts.sources import CELLS, GRID, Cells, Source
 
 __all__ = [
     "CELLS",
     "GRID",
+    "LOOK",
     "NORMALISERS",
+    "RANKS",
     "Cells",
     "Expert",
+    "Look",
     "Lookup",
     "Normaliser",
+    "Panel",
     "PseudoSample",
+    "Scan",
     "Source",
+    "cell_labels",
     "fit_normaliser",
+    "foreground",
     "pseudo_samples",
     "with_pseudo",
 ]

@@ -92,6 +92,8 @@ class Expert:
     def look_up(self, cells: Cells, count: int = 1, used: IndexArray | None = None) -> Lookup:
         """The `count` nearest prototypes of each row of a scan, or of the rows `used` (k,)."""
         rows = self.bank_.normalise(cells.rows if used is None else cells.rows[used])
+        if not len(rows):
+            return Lookup(rows, np.zeros((0, count), dtype=np.int64), np.zeros((0, count), dtype=np.float32))
         found = min(count, len(self.bank_.rows_))
         distances, neighbours = self.bank_.nearest(rows, found)
         if found < count:
@@ -128,17 +130,17 @@ class Expert:
 
     def save(self, folder: Path) -> None:
         """Write the bank as one file into a folder."""
-        self.bank_.save(folder / self._file)
+        self.bank_.save(self.file(folder))
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote."""
         from mmad_cli.memory import MemoryBank
 
-        self.bank_ = MemoryBank.load(folder / self._file, self.device)
+        self.bank_ = MemoryBank.load(self.file(folder), self.device)
 
-    @property
-    def _file(self) -> str:
-        return f"bank_{self.source.name}.safetensors"
+    def file(self, folder: Path) -> Path:
+        """The bank's file in a folder."""
+        return folder / f"bank_{self.source.name}.safetensors"
 
     def _blocks(self, train: FeatureSet, foreground: Foreground | None) -> Iterator[FloatArray]:
         channels = 0

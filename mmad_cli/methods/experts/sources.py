@@ -24,6 +24,9 @@ CELLS = GRID * GRID
 
 # Outputs of a convolutional network are averaged and brought to this grid (PatchCore, BTF at 224 pixels)
 _NETWORK_GRID = 28
+_HISTOGRAM = 33
+# three transformer blocks of 384 side by side; the built-in network has fewer
+_POINT_CHANNELS = 1152
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,21 @@ class Source:
     def of_points(self) -> bool:
         """Whether cells without a point under them are exactly zero."""
         return self.spec.backbone != "timm" or self.spec.input == "render"
+
+    def shape(self) -> tuple[int, int]:
+        """Rows per sample and channels, from the architecture; a network is built without values."""
+        spec = self.spec
+        if spec.backbone == "fpfh":
+            return CELLS, _HISTOGRAM
+        if spec.backbone != "timm":
+            return CELLS, _POINT_CHANNELS
+        from mmad_cli.backbones.specs import TimmParams
+        from mmad_cli.backbones.timm_backbone import output_shapes
+
+        shapes = output_shapes(TimmParams.model_validate(spec.params))
+        if "tokens" in shapes:
+            return int(shapes["tokens"][0]), int(shapes["tokens"][1])
+        return _NETWORK_GRID**2, sum(int(shape[0]) for shape in shapes.values())
 
     def cells(self, sample: SampleFeatures) -> Cells:
         """The feature on 56 x 56 cells. Raises DataError naming the sample where it is missing or has no points."""

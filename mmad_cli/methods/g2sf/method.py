@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,16 @@ from mmad_cli.methods.base import (
     SampleFeatures,
     View,
 )
-from mmad_cli.methods.experts import CELLS, GRID, Cells, Expert, Source, pseudo_samples, with_pseudo
+from mmad_cli.methods.experts import (
+    CELLS,
+    GRID,
+    Cells,
+    Expert,
+    Source,
+    cell_labels,
+    pseudo_samples,
+    with_pseudo,
+)
 from mmad_cli.methods.g2sf.config import CORRECTED, G2SFConfig
 from mmad_cli.methods.m3dm.streams import SharedProgress
 from mmad_cli.types import BoolArray, FloatArray
@@ -35,7 +43,6 @@ RGB, POINTS = "rgb", "points"
 
 _STATE_FILE = "state.json"
 _NETWORK_FILE = "network.safetensors"
-_TILE = 2048
 _MEBIBYTE = 1 << 20
 # foreground cells of a scan, for estimates
 _FOREGROUND = CELLS // 2
@@ -104,10 +111,9 @@ class G2SF:
             raise RuntimeError("the method is not fitted; call fit or load first")
         ranks = 1 if self.config.aggregation == "nearest" else self.config.neighbours + 1
         cells = [expert.cells(sample) for expert in self.experts_]
-        metrics = self._metrics(cells, ranks)
-        if self.config.aggregation == "mean":
-            return np.asarray(metrics.mean(axis=1), dtype=np.float32)
-        return np.asarray(metrics.max(axis=1) if self.config.aggregation == "max" else metrics.min(axis=1))
+        from mmad_cli.methods.g2sf.scoring import over_ranks
+
+        return over_ranks(self._metrics(cells, ranks), self.config.aggregation)
 
     def banks(self) -> dict[str, BankSize]:
         """Sizes of both banks."""
@@ -148,7 +154,7 @@ class G2SF:
         from mmad_cli.memory import projected_dimension
 
         config, n = self.config, max(n_train, 1)
-        shapes = [_shape(source) for source in self.sources]
+        shapes = [source.shape() for source in self.sources]
         selecting = held = 0
         for rows, channels in shapes:
             width = projected_dimension(n * rows, channels, config.coreset_eps) or channels
@@ -178,7 +184,7 @@ class G2SF:
 
     def _train(self, train: FeatureSet, seed: int, tell: SharedProgress) -> Trained:
         from mmad_cli.methods.g2sf import training
-        from mmad_cli.methods.g2sf.pool import build_pool, cell_labels
+        from mmad_cli.methods.g2sf.pool import build_pool
 
         pool = build_pool(
             self.experts_,
@@ -197,28 +203,14 @@ class G2SF:
 
     def _metrics(self, cells: Sequence[Cells], ranks: int) -> FloatArray:
         """The metric of each cell to its prototypes of rank 0 to `ranks` - 1, float32 (3136, ranks)."""
-        import torch
+        from mmad_cli.methods.g2sf.scoring import Seen, patch_metrics
 
         found = [expert.look_up(one, ranks) for expert, one in zip(self.experts_, cells, strict=True)]
-        distances = np.stack(
-            [one.distances[part.row] / unit for one, part, unit in zip(found, cells, self.units_, strict=True)], axis=-1
-        )
-        local = np.ones_like(distances)
-        shares = np.full(2, 0.5, dtype=np.float32)
-        if self.network_ is not None:
-            front = np.flatnonzero(_foreground(cells))
-            with torch.inference_mode():
-                for start in range(0, len(front), _TILE):
-                    tile = front[start : start + _TILE]
-                    rows = [part.row[tile] for part in cells]
-                    prototypes = np.concatenate(
-                        [e.prototypes(f.neighbours[r]) for e, f, r in zip(self.experts_, found, rows, strict=True)], -1
-                    )
-                    features = np.concatenate([f.rows[r] for f, r in zip(found, rows, strict=True)], -1)
-                    near, at = (torch.from_numpy(array).to(self.device) for array in (prototypes, features))
-                    local[tile] = self.network_(at[:, None] - near, near).cpu().numpy()
-                shares = self.network_.global_scales().cpu().numpy()
-        return np.asarray((local * distances * shares).sum(axis=-1), dtype=np.float32)
+        seen = [
+            Seen(at.rows, part.row, at.neighbours, at.distances, expert.bank_.rows_)
+            for at, part, expert in zip(found, cells, self.experts_, strict=True)
+        ]
+        return patch_metrics(self.network_, self.units_, seen, _foreground(cells), self.device)
 
     def _read_network(self, folder: Path) -> LocalScaleNetwork:
         from safetensors.torch import load_file
@@ -263,23 +255,6 @@ def _part(tell: SharedProgress, size: int) -> ProgressCallback:
     """Callback of a part that takes `size` steps of the whole, whatever number it counts itself."""
     inner = tell.part(size)
     return lambda done, total: inner(size * done // max(total, 1), size)
-
-
-@lru_cache(maxsize=8)
-def _shape(source: Source) -> tuple[int, int]:
-    """Rows per sample and channels of a source, from the architecture."""
-    spec = source.spec
-    if spec.backbone == "fpfh":
-        return CELLS, 33
-    if spec.backbone != "timm":
-        return CELLS, 1152
-    from mmad_cli.backbones.specs import TimmParams
-    from mmad_cli.backbones.timm_backbone import output_shapes
-
-    shapes = output_shapes(TimmParams.model_validate(spec.params))
-    if "tokens" in shapes:
-        return int(shapes["tokens"][0]), int(shapes["tokens"][1])
-    return 28 * 28, sum(int(shape[0]) for shape in shapes.values())
 
 
 DEFINITION = MethodDefinition(

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmad_cli.methods.experts import GRID, Cells, Expert, PseudoSample
-from mmad_cli.types import BoolArray
+from mmad_cli.methods.experts import Cells, Expert, PseudoSample
+from mmad_cli.types import BoolArray, FloatArray, IndexArray
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,67 @@ class Pool:
         return len(self.anomalous)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What one modality found in a pseudo anomaly: distinct rows (m, C), the row of each patch (n,), prototypes (m, k)
+    of the rows and the distance to the first (m,).
+    """
+
+    rows: FloatArray
+    row: IndexArray
+    neighbours: IndexArray
+    nearest: FloatArray
+
+
+class PoolBuilder:
+    """Gathers the pseudo anomalies one by one. dtype: how features are held."""
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype = dtype
+        self._sides: tuple[list[Side], list[Side]] = ([], [])
+        self._counts = [0, 0]
+        self._labels: list[BoolArray] = []
+        self._groups: list[int] = []
+
+    def add(self, found: Sequence[Found], label: BoolArray, group: int) -> None:
+        """RGB and points of a pseudo anomaly, labels bool (n,) of its patches, and its training scan."""
+        for k, (side, one) in enumerate(zip(self._sides, found, strict=True)):
+            side.append(
+                Side(
+                    rows=torch.from_numpy(one.rows).to(getattr(torch, self.dtype)),
+                    row=torch.from_numpy(one.row + self._counts[k]),
+                    neighbours=torch.from_numpy(one.neighbours),
+                    nearest=torch.from_numpy(one.nearest.copy()),
+                    bank=torch.empty(0),
+                )
+            )
+            self._counts[k] += len(one.rows)
+        self._labels.append(label)
+        self._groups.append(group)
+
+    def build(self, banks: Sequence[FloatArray], device: str) -> Pool:
+        """All of them, with the prototypes (M, C) of both modalities."""
+        first, second = (
+            _joined(parts, torch.from_numpy(bank), device) for parts, bank in zip(self._sides, banks, strict=True)
+        )
+        sizes = [len(label) for label in self._labels]
+        group, drawn = np.repeat(self._groups, sizes), np.repeat(np.arange(len(sizes)), sizes)
+        flags, groups, numbers = (
+            torch.from_numpy(values).to(device) for values in (np.concatenate(self._labels), group, drawn)
+        )
+        return Pool((first, second), flags, groups, numbers)
+
+
+def _joined(parts: Sequence[Side], bank: Tensor, device: str) -> Side:
+    return Side(
+        rows=torch.cat([part.rows for part in parts]).to(device),
+        row=torch.cat([part.row for part in parts]).to(device),
+        neighbours=torch.cat([part.neighbours for part in parts]).to(device),
+        nearest=torch.cat([part.nearest for part in parts]).to(device),
+        bank=bank.to(device),
+    )
+
+
 def build_pool(
     experts: Sequence[Expert],
     samples: Sequence[PseudoSample],
@@ -67,53 +128,20 @@ def build_pool(
 
     labels: of the 3136 cells of a pseudo anomaly; foreground: of the features of its cells.
     """
-    parts: list[_Parts] = [_Parts() for _ in experts]
-    anomalous, group, drawn = [], [], []
+    builder = PoolBuilder(dtype)
     for number, sample in enumerate(samples):
         cells = [expert.cells(sample) for expert in experts]
         front = foreground(cells)
-        for expert, part, one in zip(experts, parts, cells, strict=True):
-            part.add(expert, one, front, ranks, dtype)
-        anomalous.append(labels(sample)[front])
-        group.append(np.full(int(front.sum()), sample.position))
-        drawn.append(np.full(int(front.sum()), number))
+        builder.add(
+            [_found(expert, one, front, ranks) for expert, one in zip(experts, cells, strict=True)],
+            labels(sample)[front],
+            sample.position,
+        )
         progress(number + 1, len(samples))
-    first, second = (
-        part.side(torch.from_numpy(expert.bank_.rows_), device) for part, expert in zip(parts, experts, strict=True)
-    )
-    flags, groups, numbers = (
-        torch.from_numpy(np.concatenate(values)).to(device) for values in (anomalous, group, drawn)
-    )
-    return Pool((first, second), flags, groups, numbers)
+    return builder.build([expert.bank_.rows_ for expert in experts], device)
 
 
-class _Parts:
-    """One modality while it is gathered."""
-
-    def __init__(self) -> None:
-        self.rows: list[Tensor] = []
-        self.row: list[Tensor] = []
-        self.neighbours: list[Tensor] = []
-        self.nearest: list[Tensor] = []
-        self.count = 0
-
-    def add(self, expert: Expert, cells: Cells, front: BoolArray, ranks: int, dtype: str) -> None:
-        used, place = cells.under(front)
-        found = expert.look_up(cells, ranks, used)
-        self.rows.append(torch.from_numpy(found.rows).to(getattr(torch, dtype)))
-        self.row.append(torch.from_numpy(place + self.count))
-        self.neighbours.append(torch.from_numpy(found.neighbours))
-        self.nearest.append(torch.from_numpy(found.distances[:, 0].copy()))
-        self.count += len(used)
-
-    def side(self, bank: Tensor, device: str) -> Side:
-        parts = (self.rows, self.row, self.neighbours, self.nearest)
-        rows, row, neighbours, nearest = (torch.cat(part).to(device) for part in parts)
-        return Side(rows, row, neighbours, nearest, bank.to(device))
-
-
-def cell_labels(sample: PseudoSample, name: str) -> BoolArray:
-    """Labels (3136,) of the cells of a pseudo anomaly, from the mask beside its feature `name`."""
-    from mmad_cli.pseudo.masks import patch_labels
-
-    return patch_labels(sample.mask(name), GRID)
+def _found(expert: Expert, cells: Cells, front: BoolArray, ranks: int) -> Found:
+    used, row = cells.under(front)
+    found = expert.look_up(cells, ranks, used)
+    return Found(found.rows, row, found.neighbours, found.distances[:, 0])

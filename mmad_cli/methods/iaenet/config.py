@@ -117,6 +117,7 @@ class IAENetConfig(MethodConfig):
     ocsvm_image_factor: float = Field(default=0.1, gt=0)
     # of the network of `g2sf`
     g2sf_epochs: int = Field(default=80, ge=0)
+    g2sf_batch_share: float = Field(default=0.035, gt=0, le=1)
     g2sf_consistency_share: float = Field(default=1.0, gt=0, le=1)
 
     @model_validator(mode="after")

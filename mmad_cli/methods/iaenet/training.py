@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -15,9 +15,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from mmad_cli.errors import DataError
 from mmad_cli.methods.base import ProgressCallback
+from mmad_cli.methods.experts import GRID, Scan
 from mmad_cli.methods.iaenet import losses
 from mmad_cli.methods.iaenet.networks import FeatureNetwork, Fusion, ScoreNetwork, context, over_foreground
-from mmad_cli.methods.iaenet.scans import GRID, PseudoScan
 from mmad_cli.methods.mapping.trainer import TrainerConfig
 from mmad_cli.methods.mapping.trainer import train as run_training
 from mmad_cli.types import FloatArray
@@ -220,35 +220,42 @@ def false_positive_rate(fused: FloatArray, label: np.ndarray[Any, np.dtype[np.bo
     return float((fused[~label] >= threshold).mean())
 
 
-def divide(scans: Sequence[PseudoScan], seed: int) -> tuple[list[int], list[int]]:
+def divide(scans: Sequence[Scan], groups: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
     """Pseudo anomalies for training and for validation, half each, all of a training scan on one side.
 
-    By pseudo anomaly where there is one training scan only; all on both sides where a half has no anomalous or no
-    normal patch.
+    groups: the training scan of each. By pseudo anomaly where there is one training scan only; all on both sides where
+    a half has no anomalous or no normal patch.
     """
     rng = np.random.default_rng(seed)
-    groups = np.asarray([one.group for one in scans])
-    keys = groups if len(np.unique(groups)) > 1 else np.arange(len(scans))
+    keys = np.asarray(groups) if len(np.unique(groups)) > 1 else np.arange(len(scans))
     names = rng.permutation(np.unique(keys))
     first = np.isin(keys, names[: max(1, len(names) // 2)])
     halves = [np.flatnonzero(first).tolist(), np.flatnonzero(~first).tolist()]
     for number, half in enumerate(halves):
-        kinds = {bool(kind) for i in half for kind in np.unique(scans[i].label[scans[i].scan.front])}
+        kinds = {bool(kind) for i in half for kind in np.unique(scans[i].labels()[scans[i].front])}
         if kinds != {True, False}:
             halves[number] = list(range(len(scans)))
     return halves[0], halves[1]
 
 
 def as_maps(
-    scans: Sequence[PseudoScan], u: Sequence[FloatArray], config: IAENetConfig, *, seed: int, device: str
+    scans: Sequence[Scan],
+    groups: Sequence[int],
+    u: Sequence[FloatArray],
+    config: IAENetConfig,
+    *,
+    seed: int,
+    device: str,
 ) -> Maps:
-    """Material of IAF-S. u: scores (K, 3136) of each scan on the common scale."""
-    first, second = divide(scans, seed)
+    """Material of IAF-S. u: scores (K, 3136) of each scan on the common scale; background counts as 0."""
+    first, second = divide(scans, groups, seed)
     grid = (GRID, GRID)
+    front = np.stack([scan.front for scan in scans])
+    scores = np.where(front[:, None], np.stack(u), np.float32(0))
     return Maps(
-        u=torch.from_numpy(np.stack(u).reshape(len(u), -1, *grid)).to(device),
-        front=torch.from_numpy(np.stack([one.scan.front for one in scans]).reshape(-1, *grid)).to(device),
-        label=torch.from_numpy(np.stack([one.label for one in scans]).reshape(-1, *grid)).to(device),
+        u=torch.from_numpy(scores.reshape(len(u), -1, *grid)).to(device),
+        front=torch.from_numpy(front.reshape(-1, *grid)).to(device),
+        label=torch.from_numpy(np.stack([scan.labels() for scan in scans]).reshape(-1, *grid)).to(device),
         train=tuple(first),
         validation=tuple(second),
         level=config.level,
@@ -257,24 +264,41 @@ def as_maps(
 
 
 def as_rows(
-    scans: Sequence[PseudoScan], u: Sequence[FloatArray], banks: Sequence[FloatArray], *, seed: int, device: str
+    scans: Sequence[Scan],
+    groups: Sequence[int],
+    u: Sequence[FloatArray],
+    rows: Sequence[Sequence[FloatArray]],
+    banks: Sequence[FloatArray],
+    *,
+    seed: int,
+    device: str,
 ) -> Rows:
-    """Material of IAF-F. banks: prototypes (M, C) of each expert."""
-    first, second = divide(scans, seed)
-    number = np.concatenate([np.full(int(one.scan.front.sum()), i) for i, one in enumerate(scans)])
-    scores = torch.from_numpy(np.concatenate([one[:, scan.scan.front].T for one, scan in zip(u, scans, strict=True)]))
-    contexts = torch.cat([patch_contexts(one, scan.scan.front) for one, scan in zip(u, scans, strict=True)])
-    label = torch.from_numpy(np.concatenate([one.label[one.scan.front] for one in scans]))
+    """Material of IAF-F. rows: features (m, C) that each expert looked up, of each scan; banks: prototypes (M, C)."""
+    first, second = divide(scans, groups, seed)
+    number = np.concatenate([np.full(int(scan.front.sum()), i) for i, scan in enumerate(scans)])
+    scores = torch.from_numpy(np.concatenate([one[:, scan.front].T for one, scan in zip(u, scans, strict=True)]))
+    contexts = torch.cat([patch_contexts(one, scan.front) for one, scan in zip(u, scans, strict=True)])
+    label = torch.from_numpy(np.concatenate([scan.labels()[scan.front] for scan in scans]))
     train, validation = (torch.from_numpy(np.flatnonzero(np.isin(number, half))) for half in (first, second))
-    sides = tuple(_side(scans, k, bank, device) for k, bank in enumerate(banks))
     return Rows(
         u=scores.to(device),
         contexts=contexts.to(device),
         label=label.to(device),
-        sides=sides,
+        sides=tuple(_side(scans, [of[k] for of in rows], k, bank, device) for k, bank in enumerate(banks)),
         train=train.to(device),
         validation=validation.to(device),
     )
+
+
+def feature_tiles(
+    u: FloatArray, scan: Scan, rows: Sequence[FloatArray], banks: Sequence[FloatArray], device: str
+) -> Iterator[tuple[list[Tensor], list[Tensor], Tensor]]:
+    """What IAF-F reads of the foreground patches of a scan, some at a time: features, prototypes, contexts."""
+    contexts = patch_contexts(u, scan.front).to(device)
+    sides = [_side([scan], [one], k, bank, device) for k, (one, bank) in enumerate(zip(rows, banks, strict=True))]
+    for tile in torch.split(torch.arange(len(contexts), device=device), _TILE):
+        features, prototypes = zip(*(side.gather(tile) for side in sides), strict=True)
+        yield list(features), list(prototypes), contexts[tile]
 
 
 def patch_contexts(u: FloatArray, front: np.ndarray[Any, np.dtype[np.bool_]]) -> Tensor:
@@ -348,16 +372,16 @@ def _require_both_kinds(material: Material) -> None:
         )
 
 
-def _side(scans: Sequence[PseudoScan], expert: int, bank: FloatArray, device: str) -> FeatureSide:
-    rows, prototype, row, count = [], [], [], 0
-    for one in scans:
-        at = one.scan.looks[expert]
-        rows.append(torch.from_numpy(at.found.rows).to(torch.float16))
-        prototype.append(torch.from_numpy(at.found.neighbours[:, 0].copy()))
-        row.append(torch.from_numpy(at.place + count))
-        count += len(at.found.rows)
+def _side(scans: Sequence[Scan], rows: Sequence[FloatArray], expert: int, bank: FloatArray, device: str) -> FeatureSide:
+    prototype, row, count = [], [], 0
+    for scan, features in zip(scans, rows, strict=True):
+        look = scan.looks[expert]
+        prototype.append(torch.from_numpy(look.neighbours[:, 0].copy()))
+        row.append(torch.from_numpy(look.row + count))
+        count += len(features)
     return FeatureSide(
-        rows=torch.cat(rows).to(device),
+        # half precision: the features of all pseudo anomalies are held at once
+        rows=torch.cat([torch.from_numpy(features).to(torch.float16) for features in rows]).to(device),
         prototype=torch.cat(prototype).to(device),
         row=torch.cat(row).to(device),
         bank=torch.from_numpy(bank).to(device),

@@ -272,7 +272,7 @@ def _provenance_of_run(run: RunResult, label: str) -> str:
         "run": run.run_id,
         "created": run.created.isoformat(sep=" "),
         "command": " ".join(run.argv) or "from Python",
-        "method": f"{run.method.name} {run.method.variant}, version {run.method.method_version}",
+        "method": f"{run.method.shown} {run.method.variant}, version {run.method.method_version}",
         "recipe": run.method.recipe,
         "configuration digest": run.method.config_hash,
         "dataset": run.dataset.name,
