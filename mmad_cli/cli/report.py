@@ -272,11 +272,12 @@ def _folders(runs: list[Path], *, required: bool = True) -> list[Path]:
 
 
 def _metrics(chosen: list[str]) -> list[str] | None:
-    from mmad_cli.metrics import METRIC_KEYS
+    from mmad_cli.metrics import METRIC_KEYS, VALIDATION_KEYS
 
+    known = METRIC_KEYS + VALIDATION_KEYS
     for name in chosen:
-        if name not in METRIC_KEYS:
-            raise unknown_name("metric", name, METRIC_KEYS, "--metric")
+        if name not in known:
+            raise unknown_name("metric", name, known, "--metric")
     return chosen or None
 
 

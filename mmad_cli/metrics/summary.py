@@ -29,7 +29,7 @@ from mmad_cli.types import BoolArray
 METRICS_VERSION = 2
 
 IMAGE_KEYS = ("i_auroc", "i_ap", "i_f1max", "i_fpr95")
-# at the threshold that 0.5 % of the good validation images exceed: what a line would see
+# at the threshold that 0.5 % of the good validation images exceed; only where these were scored
 VALIDATION_KEYS = ("i_fpr_val", "i_tpr_val")
 PIXEL_KEYS = ("p_auroc", "p_ap", "p_f1max", "p_fpr95")
 
@@ -40,14 +40,16 @@ AUPRO_RULES: tuple[tuple[int | None, dict[str, float]], ...] = (
     (99, {"aupro_30_grid99": 0.3, "aupro_10_grid99": 0.1, "aupro_05_grid99": 0.05, "aupro_01_grid99": 0.01}),
 )
 AUPRO_KEYS = tuple(key for _, limits in AUPRO_RULES for key in limits)
-METRIC_KEYS = IMAGE_KEYS + VALIDATION_KEYS + PIXEL_KEYS + AUPRO_KEYS
+METRIC_KEYS = IMAGE_KEYS + PIXEL_KEYS + AUPRO_KEYS
 
-NO_VALIDATION = "validation images were not scored; --score-validation does that"
+NO_VALIDATION = "no validation image"
 
 
 @dataclass(frozen=True)
 class MetricsResult:
-    """`values` holds every key of `METRIC_KEYS` in that order; `reasons` says why a value is None."""
+    """`values` holds every key of `METRIC_KEYS` in that order, and those of `VALIDATION_KEYS` where validation images
+    were scored; `reasons` says why a value is None.
+    """
 
     values: dict[str, float | None]
     reasons: dict[str, str] = field(default_factory=dict)
@@ -90,15 +92,16 @@ def all_metrics(
         **_aupro_values(aupro_pixels),
     }
     image_reason, pixel_reason = missing_image_class(flags), pixels.undefined
-    validation_reason = image_reason or (None if _given(validation_scores) else NO_VALIDATION)
+    keys = METRIC_KEYS if validation_scores is None else METRIC_KEYS + VALIDATION_KEYS
+    validation_reason = image_reason or (None if np.size(validation_scores) else NO_VALIDATION)
     reasons = (
         dict.fromkeys(IMAGE_KEYS, image_reason)
         | dict.fromkeys(VALIDATION_KEYS, validation_reason)
         | dict.fromkeys(PIXEL_KEYS + AUPRO_KEYS, pixel_reason)
     )
     return MetricsResult(
-        values={key: values.get(key) for key in METRIC_KEYS},
-        reasons={key: reason for key, reason in reasons.items() if reason},
+        values={key: values.get(key) for key in keys},
+        reasons={key: reason for key, reason in reasons.items() if reason and key in keys},
     )
 
 
@@ -111,14 +114,10 @@ def _image_values(flags: BoolArray, scores: AnyArray) -> dict[str, float]:
 
 
 def _validation_values(flags: BoolArray, scores: AnyArray, validation: ArrayLike | None) -> dict[str, float]:
-    if validation is None or not _given(validation) or missing_image_class(flags):
+    if validation is None or not np.size(validation) or missing_image_class(flags):
         return {}
     alarms = scores > threshold_at_fpr(validation)
     return dict(zip(VALIDATION_KEYS, (float(alarms[~flags].mean()), float(alarms[flags].mean())), strict=True))
-
-
-def _given(validation: ArrayLike | None) -> bool:
-    return validation is not None and np.size(validation) > 0
 
 
 def _pixel_values(pixels: RankedPixels) -> dict[str, float]:

@@ -33,13 +33,6 @@ _ALL = (
     MetricName("i_ap", "I-AP", "average precision of the image scores"),
     MetricName("i_f1max", "I-F1max", "best F1 of the image scores over all thresholds"),
     MetricName("i_fpr95", "I-FPR95", "image false-positive rate at 95 % true-positive rate", False),
-    MetricName(
-        "i_fpr_val",
-        "I-FPR@val",
-        "image false-positive rate at the threshold that 0.5 % of the good validation images exceed",
-        False,
-    ),
-    MetricName("i_tpr_val", "I-TPR@val", "image true-positive rate at that threshold"),
     MetricName("p_auroc", "P-AUROC", "area under the ROC curve of all pixels of all test images"),
     MetricName("p_ap", "P-AP", "average precision of all pixels of all test images"),
     MetricName("p_f1max", "P-F1max", "best F1 of all pixels over all thresholds"),
@@ -47,6 +40,13 @@ _ALL = (
     *(_aupro(percent) for percent in (30, 10, 5, 1)),
     _aupro(30, 100),
     *(_aupro(percent, 99) for percent in (30, 10, 5, 1)),
+    MetricName(
+        "i_fpr_val",
+        "I-FPR@val",
+        "image false-positive rate at the threshold that 0.5 % of the good validation images exceed",
+        False,
+    ),
+    MetricName("i_tpr_val", "I-TPR@val", "image true-positive rate at that threshold"),
 )
 
 METRICS: dict[str, MetricName] = {metric.key: metric for metric in _ALL}

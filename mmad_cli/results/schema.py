@@ -44,7 +44,11 @@ class MethodInfo(_Model):
     """Which method ran, with every switch that it ran with."""
 
     name: str
-    label: str = Field(default="", description="The name with what must be said beside it; empty where nothing must.")
+    label: str = Field(
+        default="",
+        exclude_if=lambda label: not label,
+        description="The name with what must be said beside it; empty where nothing must.",
+    )
     variant: str
     recipe: str = Field(description="'official' (published code, quirks included), 'corrected', or 'custom'.")
     config: dict[str, Any] = Field(default_factory=dict)

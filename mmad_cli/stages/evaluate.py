@@ -186,6 +186,7 @@ def _compute_category(
         method, info = fitted_method(session, plan, prepared.run)
     with clock("predict"):
         scored = predictions(session, plan, prepared.run, method)
+        # a plan has validation samples only where they are scored
         validated = predictions(session, plan, prepared.run, method, plan.samples.validation)
     watch = Stopwatch()
     with clock("metrics"):
@@ -254,7 +255,8 @@ def _metrics(
     scaled = None
     if any(prediction.aupro_scale != 1.0 for prediction in scored):
         scaled = [one * np.float32(p.aupro_scale) for one, p in zip(maps, scored, strict=True)]
-    good = [prediction.image_score for prediction in validated]
+    with_validation = prepared.run.reads_validation or prepared.run.scores_validation
+    good = [prediction.image_score for prediction in validated] if with_validation else None
     result = all_metrics(labels, scores, masks, maps, aupro_maps=scaled, validation_scores=good)
     return dict(result.values), dict(result.reasons)
 

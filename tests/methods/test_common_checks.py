@@ -15,6 +15,13 @@ from mmad_cli.methods.checks import MethodCheckError, check_method
 SMALL = {
     "cfm": {"epochs": 1, "grid": 32},
     "cmdr_iad": {"epochs": 1, "grid": 16},
+    "iaenet": {
+        "coreset_fraction": 0.02,
+        "pseudo_per_sample": 1,
+        "epochs": 1,
+        "g2sf_epochs": 1,
+        "g2sf_batch_share": 1.0,
+    },
     # without the published fusion block, which is made for wider features; the coreset is a third of the default's
     "m3dm": {"uff": "concat", "coreset_fraction": 0.03},
     "mafr": {"epochs": 1, "grid": 32},
@@ -22,7 +29,9 @@ SMALL = {
 }
 
 # dense SIFT takes a quarter of a second per image, the four networks of CMDR-IAD a second to train
-SLOW = {("btf", "sift"), ("cmdr_iad", "rgb+3d")}
+SLOW = {("btf", "sift"), ("cmdr_iad", "rgb+3d"), ("iaenet", "iaf_f"), ("iaenet", "g2sf")}
+# recipes differ in how long is trained only
+ONE_RECIPE = {"iaenet"}
 
 CASES = [
     pytest.param(
@@ -34,7 +43,7 @@ CASES = [
     )
     for name in method_names()
     for variant in get_method(name).variants
-    for recipe in (["official"] if (name, variant) in SLOW else get_method(name).recipes)
+    for recipe in (["official"] if (name, variant) in SLOW or name in ONE_RECIPE else get_method(name).recipes)
 ]
 
 

@@ -12,6 +12,7 @@ from sklearn import metrics as reference
 from mmad_cli.metrics import (
     METRIC_KEYS,
     METRICS_VERSION,
+    VALIDATION_KEYS,
     all_metrics,
     aupro,
     aupro_exact,
@@ -19,12 +20,13 @@ from mmad_cli.metrics import (
     fpr_at_tpr,
     image_auroc,
     pixel_auroc,
+    threshold_at_fpr,
 )
 
 # Names and order that files and reports rely on
 KEYS = [
     *("i_auroc", "i_ap", "i_f1max", "i_fpr95"),
-    *("p_auroc", "p_ap", "p_f1max"),
+    *("p_auroc", "p_ap", "p_f1max", "p_fpr95"),
     *("aupro_30", "aupro_10", "aupro_05", "aupro_01"),
     *("aupro_30_grid100", "aupro_30_grid99", "aupro_10_grid99", "aupro_05_grid99", "aupro_01_grid99"),
 ]
@@ -42,6 +44,37 @@ def test_keys():
     assert isinstance(METRICS_VERSION, int)
 
 
+def test_threshold_that_few_good_scores_exceed():
+    scores = np.random.default_rng(0).permutation(1000) / 1000
+    threshold = threshold_at_fpr(scores)
+    assert (scores > threshold).mean() == 0.005
+    assert threshold in scores
+    # too few for half a percent: none may exceed it
+    assert threshold_at_fpr([3, 1, 2]) == 3
+    # equal scores are on one side together
+    assert threshold_at_fpr([1, 1, 1, 1], 0.5) == 1
+    with pytest.raises(ValueError, match="normal_scores"):
+        threshold_at_fpr([])
+    with pytest.raises(ValueError, match="normal_scores"):
+        threshold_at_fpr([np.nan])
+    with pytest.raises(ValueError, match="fpr"):
+        threshold_at_fpr([1], 1.0)
+
+
+def test_rates_at_the_threshold_of_validation_images(category):
+    labels, scores, masks, maps = category
+    good = np.sort(scores[labels == 0])
+    result = all_metrics(*category, validation_scores=good[:2])
+    assert list(result.values) == [*KEYS, *VALIDATION_KEYS]
+    assert result.values["i_fpr_val"] == (scores[labels == 0] > good[1]).mean()
+    assert result.values["i_tpr_val"] == (scores[labels == 1] > good[1]).mean()
+    without = all_metrics(*category, validation_scores=[])
+    assert without.values["i_fpr_val"] is None
+    assert without.reasons == dict.fromkeys(VALIDATION_KEYS, "no validation image")
+    alone = all_metrics(labels[:4] * 0, scores[:4], masks[:4], maps[:4], validation_scores=good)
+    assert alone.reasons["i_tpr_val"] == "no anomalous test image"
+
+
 def test_every_value_equals_its_own_function(category):
     labels, scores, masks, maps = category
     result = all_metrics(*category)
@@ -55,6 +88,7 @@ def test_every_value_equals_its_own_function(category):
         pixel_auroc(masks, maps),
         reference.average_precision_score(masks.ravel(), maps.ravel()),
         f1_max(masks, maps),
+        fpr_at_tpr(masks, maps, 0.95),
         *aupro_exact(masks, maps, [0.3, 0.1, 0.05, 0.01]),
         aupro(masks, maps, 0.3, 100),
         *(aupro(masks, maps, limit, 99) for limit in (0.3, 0.1, 0.05, 0.01)),

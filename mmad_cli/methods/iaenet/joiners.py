@@ -279,7 +279,7 @@ class Importance(Scaled):
                 )
             else:
                 maps = torch.from_numpy(np.where(scan.front, u, 0)).reshape(1, -1, GRID, GRID).to(device)
-                front = torch.from_numpy(scan.front).reshape(1, GRID, GRID).to(device)
+                front = torch.from_numpy(scan.front.copy()).reshape(1, GRID, GRID).to(device)
                 logits = over_foreground(self.network.network(maps), front, self.config.level)
             weights: FloatArray = self.network.weights(logits).cpu().numpy()
         return weights
