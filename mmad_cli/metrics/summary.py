@@ -93,7 +93,8 @@ def all_metrics(
     }
     image_reason, pixel_reason = missing_image_class(flags), pixels.undefined
     keys = METRIC_KEYS if validation_scores is None else METRIC_KEYS + VALIDATION_KEYS
-    validation_reason = image_reason or (None if np.size(validation_scores) else NO_VALIDATION)
+    scored = validation_scores is not None and np.asarray(validation_scores).size > 0
+    validation_reason = image_reason or (None if scored else NO_VALIDATION)
     reasons = (
         dict.fromkeys(IMAGE_KEYS, image_reason)
         | dict.fromkeys(VALIDATION_KEYS, validation_reason)
@@ -114,7 +115,7 @@ def _image_values(flags: BoolArray, scores: AnyArray) -> dict[str, float]:
 
 
 def _validation_values(flags: BoolArray, scores: AnyArray, validation: ArrayLike | None) -> dict[str, float]:
-    if validation is None or not np.size(validation) or missing_image_class(flags):
+    if validation is None or not np.asarray(validation).size or missing_image_class(flags):
         return {}
     alarms = scores > threshold_at_fpr(validation)
     return dict(zip(VALIDATION_KEYS, (float(alarms[~flags].mean()), float(alarms[flags].mean())), strict=True))
