@@ -109,6 +109,10 @@ class IAENetConfig(MethodConfig):
     # image score of a lone expert: re-weighted as in PatchCore, or the largest distance
     single_score: Literal["reweighted", "max"] = "reweighted"
 
+    # an expert whose scores are replaced by noise, from the start or in test scans only: how a fusion stands that
+    noise_expert: ExpertName | None = None
+    noise_when: Literal["always", "test"] = "always"
+
     # of the one-class machine of `ocsvm`, as M3DM has them
     ocsvm_nu: float = Field(default=0.5, gt=0, le=1)
     ocsvm_maxiter: int = Field(default=1000, ge=1)
@@ -128,6 +132,8 @@ class IAENetConfig(MethodConfig):
             raise ValueError(f"experts: variant {self.variant} needs {self.variant}, got {', '.join(self.experts)}")
         if self.variant == "g2sf" and (IMAGE not in self.experts or len(self.experts) < 2):
             raise ValueError(f"experts: variant g2sf needs image and a 3D expert, got {', '.join(self.experts)}")
+        if self.noise_expert is not None and self.noise_expert not in self.experts:
+            raise ValueError(f"noise_expert: must be one of {', '.join(self.experts)}, got {self.noise_expert}")
         if self.variant == "iaf_f" and self.level == "image":
             raise ValueError("level: weights of a whole scan exist for variant iaf_s only")
         return self
@@ -176,4 +182,13 @@ class IAENetConfig(MethodConfig):
         ]
 
 
-FAST: dict[str, Any] = {"pseudo_per_sample": 2, "pseudo_samples": 100, "epochs": 15, "g2sf_epochs": 5}
+FAST: dict[str, Any] = {
+    "pseudo_per_sample": 2,
+    "pseudo_samples": 100,
+    # of fewer pseudo anomalies smaller batches, so that as many steps are taken in fewer epochs
+    "batch_samples": 4,
+    "batch_patches": 2048,
+    "epochs": 30,
+    "g2sf_epochs": 5,
+    "g2sf_consistency_share": 0.1,
+}

@@ -21,15 +21,24 @@ from mmad_cli.methods.base import (
     SampleFeatures,
     View,
 )
-from mmad_cli.methods.experts import CELLS, GRID, Panel, Source, pseudo_samples, with_pseudo
+from mmad_cli.methods.experts import (
+    CELLS,
+    GRID,
+    Panel,
+    PseudoSample,
+    Scan,
+    Source,
+    pseudo_samples,
+    with_pseudo,
+)
 from mmad_cli.methods.iaenet.calibration import Calibration
 from mmad_cli.methods.iaenet.config import FAST, INPUTS, IAENetConfig, Variant
 from mmad_cli.methods.iaenet.joiners import Joiner, Material, joiner
+from mmad_cli.methods.iaenet.noise import with_noise
 from mmad_cli.methods.m3dm.streams import SharedProgress
 
 if TYPE_CHECKING:
     from mmad_cli.backbones.specs import FeatureSpec
-    from mmad_cli.methods.experts import PseudoSample, Scan
 
 _STATE_FILE = "state.json"
 _MEBIBYTE = 1 << 20
@@ -125,7 +134,7 @@ class IAENet:
     def predict(self, sample: SampleFeatures) -> Prediction:
         """Score one sample. Raises RuntimeError before `fit` or `load`."""
         fusion = self._fitted()
-        joined = fusion.join(sample, self.panel.scan(sample))
+        joined = fusion.join(sample, self._scan(sample, test=True))
         return Prediction(blur_float(upsample(joined.cells, GRID)), joined.image)
 
     def banks(self) -> dict[str, BankSize]:
@@ -178,7 +187,7 @@ class IAENet:
         samples: list[SampleFeatures | PseudoSample] = [*(validation if config.needs_validation else ()), *made]
         scans: list[Scan] = []
         for done, sample in enumerate(samples, start=1):
-            scans.append(self.panel.scan(sample))
+            scans.append(self._scan(sample))
             look(done, len(samples))
         first = len(samples) - len(made)
         pseudo = [(one, scan) for one, scan in zip(made, scans[first:], strict=True) if scan.front.any()]
@@ -190,6 +199,14 @@ class IAENet:
             folder=folder,
             progress=_part(tell, 1500),
         )
+
+    def _scan(self, sample: SampleFeatures | PseudoSample, *, test: bool = False) -> Scan:
+        """What the experts say of a sample, with noise where the configuration asks for it."""
+        config, scan = self.config, self.panel.scan(sample)
+        if config.noise_expert is None or (config.noise_when == "test" and not test):
+            return scan
+        name = str(sample.index) if isinstance(sample, PseudoSample) else ""
+        return with_noise(scan, config.experts.index(config.noise_expert), name)
 
     def _fitted(self) -> Joiner:
         if not hasattr(self, "joiner_"):
