@@ -1,4 +1,7 @@
-"""One picture of one sample: image, depth, ground truth and anomaly map side by side, with the score."""
+"""One picture of one sample: image, depth, ground truth and anomaly map side by side, with the score.
+
+As PNG, or as text for a terminal that shows 24-bit colours.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,12 @@ _TITLE = 22
 _LINE = 19
 _BAR = 14
 _BAR_LABELS = 64
+
+# In a terminal a tile is as wide as fits, in characters; two pixels lie above each other in one character
+_NARROWEST_TILE = 24
+_WIDEST_TILE = 56
+_HALF_BLOCK = "▀"
+_RESET = "\x1b[0m"
 
 _INK = (28, 30, 34)
 _GREY = (100, 104, 112)
@@ -55,10 +64,9 @@ def sample_picture(scene: Scene | None, heat: MapTile | None, texts: Sequence[st
     The ground truth is drawn as an outline on the image and on the map. Raises ValueError when there is neither a scan
     nor a map.
     """
-    tiles = _tiles(scene, heat)
-    if not tiles:
-        raise ValueError("scene and heat must not both be None")
     from PIL import Image, ImageDraw
+
+    tiles = _tiles(scene, heat)
 
     bar = _GAP + _BAR + _BAR_LABELS if heat is not None else 0
     text_width = max((_text_length(text, _LINE - 4) for text in texts), default=0)
@@ -79,7 +87,43 @@ def sample_picture(scene: Scene | None, heat: MapTile | None, texts: Sequence[st
     return stream.getvalue()
 
 
+def sample_text(scene: Scene | None, heat: MapTile | None, texts: Sequence[str], columns: int) -> str:
+    """The same tiles as coloured half blocks, as many beside each other as fit into `columns` characters.
+
+    The limits of the map's colours stand in its title. Raises ValueError when there is neither a scan nor a map.
+    """
+    tiles = _tiles(scene, heat)
+    if heat is not None:
+        title, tile = tiles[-1]
+        tiles[-1] = (f"{title} {heat.low:.3g}-{heat.high:.3g}", tile)
+    beside = max(1, min(len(tiles), (columns + 1) // (_NARROWEST_TILE + 1)))
+    side = max(2, min(_WIDEST_TILE, (columns + 1) // beside - 1) // 2 * 2)
+    lines = list(texts)
+    for start in range(0, len(tiles), beside):
+        row = tiles[start : start + beside]
+        lines.append(" ".join(title[:side].ljust(side) for title, _ in row).rstrip())
+        lines += [" ".join(parts) for parts in zip(*(_half_blocks(tile, side) for _, tile in row), strict=True)]
+    return "\n".join(lines) + "\n"
+
+
+def _half_blocks(tile: ByteArray, side: int) -> list[str]:
+    """Lines of `side` characters: the upper pixel in the colour of the letter, the lower one in that of the ground."""
+    from PIL import Image
+
+    small = np.asarray(Image.fromarray(tile).resize((side, side), Image.Resampling.BOX))
+    return [
+        "".join(
+            f"\x1b[38;2;{a};{b};{c};48;2;{d};{e};{f}m{_HALF_BLOCK}"
+            for (a, b, c), (d, e, f) in zip(upper.tolist(), lower.tolist(), strict=True)
+        )
+        + _RESET
+        for upper, lower in zip(small[::2], small[1::2], strict=True)
+    ]
+
+
 def _tiles(scene: Scene | None, heat: MapTile | None) -> list[tuple[str, ByteArray]]:
+    if scene is None and heat is None:
+        raise ValueError("scene and heat must not both be None")
     tiles = []
     image: ByteArray | None = None
     outline: BoolArray | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mmad_cli.errors import DataError, UsageError, unknown_name
 from mmad_cli.results.reference import match_category
@@ -13,25 +15,50 @@ from mmad_cli.stages.pictures import RunPictures
 from mmad_cli.stages.session import Session
 from mmad_cli.store.store import safe_name
 
+if TYPE_CHECKING:
+    from mmad_cli.reports.html import Scene
+    from mmad_cli.reports.picture import MapTile
+
 
 class Shown(NamedTuple):
-    """A sample and its picture as PNG; `missing` says what could not be shown and how to get it."""
+    """What there is to show of a sample; `missing` says what there is not and how to get it."""
 
     category: str
-    sample: SampleScore
-    png: bytes
+    scene: Scene | None
+    heat: MapTile | None
+    texts: list[str]
     missing: list[str]
+
+
+def newest_run_with(folders: Iterable[Path], sample: str) -> Path | None:
+    """The run that was made last of those that have a test sample; without such a run, the last of all.
+
+    Folders that cannot be read do not count.
+    """
+    found: list[tuple[bool, datetime, Path]] = []
+    for folder in folders:
+        try:
+            run = RunResult.from_disk(folder)
+            has = any(_has(folder, name, sample) for name, one in run.categories.items() if one.status == "ok")
+        except DataError:
+            continue
+        found.append((has, run.created, folder))
+    return max(found)[2] if found else None
+
+
+def _has(folder: Path, category: str, sample: str) -> bool:
+    return any(row.id == sample for row in read_scores(folder / safe_name(category) / SCORES))
 
 
 def show_sample(
     session: Session, folder: Path, sample: str, *, category: str | None = None, data: Path | None = None
 ) -> Shown:
-    """The picture of a test sample, from the maps of the run or the store, and from the scans.
+    """Scan, map and score of a test sample, from the run or the store, and from the dataset.
 
     Raises UsageError, with the near names, for a category or sample that the run does not have and where several
     categories have it; DataError when there is neither a map nor a scan.
     """
-    from mmad_cli.reports.picture import MapTile, sample_picture
+    from mmad_cli.reports.picture import MapTile
 
     folder = folder.parent if folder.is_file() else folder
     run = RunResult.from_disk(folder)
@@ -52,7 +79,7 @@ def show_sample(
         # The colours mean the same in all pictures of a category
         tile = MapTile(heat.values, float(min(m.min() for m in maps)), float(max(m.max() for m in maps)))
     shown = next(score for score in scores if score.id == sample)
-    return Shown(name, shown, sample_picture(scene, tile, _texts(run, name, shown, scores)), missing)
+    return Shown(name, scene, tile, _texts(run, name, shown, scores), missing)
 
 
 def _find(run: RunResult, folder: Path, sample: str, category: str | None) -> tuple[str, list[SampleScore]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,32 @@ def test_a_picture_of_a_sample(mmad: Any, run: Path) -> None:
     assert size("new/dent.png")[0] > 4 * 320
     assert mmad("show", run / "summary.json", "test/good/001", "-c", "Cube").code == 0
     assert size("cube-test-good-001.png")[0] > 4 * 320
+
+
+def test_the_newest_run_that_has_the_sample_is_taken(mmad: Any, finished_runs: Path) -> None:
+    for folder, year in (("whole", 2030), ("few-0", 2020), ("few-1", 2040)):
+        file = finished_runs / folder / "summary.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "created": f"{year}-01-01T00:00:00Z"}))
+    for category in ("block", "cube"):
+        scores = finished_runs / "few-1" / category / "scores.csv"
+        scores.write_text(scores.read_text().replace("test/dent/001", "test/dent/777"))
+    ended = mmad("show", "test/dent/001", "-c", "cube", "-o", "x.png")
+    assert ended.code == 0 and "run: runs/whole" in ended.err, ended.err
+    ended = mmad("show", "test/dent/000", "-c", "cube", "-o", "x.png")
+    assert ended.code == 0 and "run: runs/few-1" in ended.err
+    ended = mmad("show", "test/dent/00", "-c", "cube")
+    assert ended.code == 2 and "'test/dent/000'" in ended.err
+
+
+def test_a_picture_in_the_terminal(mmad: Any, run: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "110")
+    ended = mmad("show", run, "test/dent/000", "-c", "cube", "--terminal")
+    assert ended.code == 0 and not list(Path.cwd().glob("*.png")), ended.err
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", ended.out)
+    assert "image score" in plain and "anomaly map" in plain
+    blocks = [line for line in plain.splitlines() if line.startswith("▀")]
+    assert len(blocks) == 13 and {len(line) for line in blocks} == {4 * 26 + 3}
+    assert mmad("show", run, "test/dent/000", "-c", "cube", "-t", "-o", "x.png").code == 2
 
 
 def test_without_maps_or_without_scans(
@@ -62,6 +90,8 @@ def test_without_maps_or_without_scans(
         (("RUN", "test/dent/000", "-c", "cube", "-o", "runs"), ("--output runs", "is a folder")),
         (("RUN", "test/dent/000", "-c", "cube", "--data", "nowhere"), ("nowhere",)),
         (("nowhere", "test/dent/000"), ("nowhere", "summary.json")),
+        (("RUN",), ("SAMPLE", "is missing after the run folder")),
+        (("RUN", "test/dent/000", "test/dent/001"), ("SAMPLE", "one test sample")),
     ],
     ids=lambda value: " ".join(value),
 )

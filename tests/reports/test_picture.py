@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mmad_cli.reports.html import Scene
-from mmad_cli.reports.picture import SIDE, MapTile, colour, sample_picture
+from mmad_cli.reports.picture import SIDE, MapTile, colour, sample_picture, sample_text
 
 
 @pytest.fixture
@@ -48,6 +49,21 @@ def test_what_there_is_no_data_for_is_left_out(scene, heat):
     assert without_scene < without_map < whole
     with pytest.raises(ValueError, match="must not both be None"):
         sample_picture(None, None, ["t"])
+    with pytest.raises(ValueError, match="must not both be None"):
+        sample_text(None, None, ["t"], 100)
+
+
+@pytest.mark.parametrize(("columns", "beside", "side"), [(200, 4, 48), (110, 4, 26), (80, 3, 26), (20, 1, 20)])
+def test_text_fits_the_terminal_and_shows_the_same_tiles(scene, heat, columns, beside, side):
+    lines = sample_text(scene, heat, ["title"], columns).splitlines()
+    plain = [re.sub("\x1b[^m]*m", "", line) for line in lines]
+    assert max(map(len, plain)) <= columns and plain[0] == "title"
+    rows = [line for line in plain if line.startswith("▀")]
+    assert len(rows) == -(-4 // beside) * side // 2
+    assert len(rows[0].split(" ")) == beside and len(rows[0].split(" ")[0]) == side
+    truth = [line for line in lines if "38;2;255;255;255" in line]
+    assert truth, "the defect is white in the ground truth"
+    assert all(line.endswith("\x1b[0m") for line in lines if "▀" in line)
 
 
 def test_pictures_are_the_same_bytes_again(scene, heat):
