@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -143,6 +145,16 @@ def test_index_names_every_page():
     linked = re.findall(r"\]\(([^)\s]+)\)", (DOCS / "index.md").read_text())
     pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")} - {"index.md"}
     assert pages <= set(linked)
+
+
+def test_the_site_builds_without_warnings(tmp_path):
+    """A page that is not in the navigation, a dead link or anchor is a warning."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert built.returncode == 0 and "WARNING" not in built.stderr, built.stderr
+    pages = {page.relative_to(DOCS).with_suffix(".html") for page in DOCS.rglob("*.md")}
+    assert all((tmp_path / "site" / page).is_file() for page in pages)
 
 
 @pytest.fixture
