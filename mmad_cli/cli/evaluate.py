@@ -22,6 +22,7 @@ from mmad_cli.cli.options import (
     Recipe,
     RgbBackground,
     Settings,
+    ShotChoice,
     Shots,
     StoreOption,
     Workers,
@@ -68,6 +69,7 @@ def evaluate(
     rgb_background: RgbBackground = None,
     debris: Debris = None,
     shots: Shots = None,
+    shot_choice: ShotChoice = "random",
     seed: Annotated[
         list[int] | None,
         typer.Option(
@@ -131,7 +133,7 @@ def evaluate(
                 settings=parse_settings(settings or []),
                 protocol=protocol,
                 preprocessing=preprocessing_settings(rgb_background, debris),
-                selection=Selection(tuple(category or ()), shots=shots, limit=limit, seed=chosen.seed),
+                selection=Selection(tuple(category or ()), shots, limit, chosen.seed, shot_choice),
                 save_maps=save_maps,
                 full_resolution=full_resolution,
                 score_validation=score_validation,

@@ -79,7 +79,13 @@ Variant = Annotated[
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random in the method.")]
 Shots = Annotated[
     int | None,
-    typer.Option("--shots", help="Draw this many training samples per category at random.", show_default=False),
+    typer.Option("--shots", help="Use this many training samples per category.", show_default=False),
+]
+ShotChoice = Annotated[
+    str,
+    typer.Option(
+        "--shot-choice", help="Which samples --shots takes: random (drawn with the seed), or first (by name; CFM)."
+    ),
 ]
 Limit = Annotated[
     int | None, typer.Option("--limit", help="At most this many samples per split and defect.", show_default=False)

@@ -202,6 +202,7 @@ class RunResult(_Model):
     environment: Environment
     seed: int = 0
     shots: int | None = None
+    shot_choice: str = Field(default="random", description="Which training samples: 'random' or 'first', by name.")
     limit: int | None = None
     full_resolution: bool = Field(default=False, description="Metrics at scan size instead of 224 x 224.")
     comparable: bool = Field(default=True, description="False as soon as `not_comparable` gives a reason.")

@@ -79,6 +79,7 @@ def _all_but_seed(run: RunResult) -> str:
             run.dataset.digest,
             run.preprocessing.model_dump(mode="json"),
             run.shots,
+            run.shot_choice,
             run.limit,
             run.full_resolution,
             sorted([weights.name, weights.sha256 or ""] for weights in run.weights),

@@ -105,7 +105,7 @@ def evaluate(data: Pathlike, *, method: str, **options: Any) -> tuple[RunResult,
     """Evaluate a method; returns the run result and the folder it was written to.
 
     Options: variant, recipe, settings (fields of the method's configuration), protocol, preprocessing, categories,
-    shots, limit, seed, save_maps, full_resolution, score_validation, force, out, store, workers, device.
+    shots, shot_choice, limit, seed, save_maps, full_resolution, score_validation, force, out, store, workers, device.
     """
     session, request = _request(data, method, options)
     with session:
@@ -118,6 +118,7 @@ def _request(data: Pathlike, method: str, options: dict[str, Any]) -> tuple[Sess
         shots=options.pop("shots", None),
         limit=options.pop("limit", None),
         seed=options.pop("seed", 0),
+        shot_choice=options.pop("shot_choice", "random"),
     )
     session = _session(options.pop("store", None), options.pop("workers", 1), options.pop("device", "auto"))
     if options.get("out") is not None:

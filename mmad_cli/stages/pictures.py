@@ -280,7 +280,7 @@ def _open_same(session: Session, run: RunResult, place: Path) -> tuple[Dataset, 
     absent = [name for name in run.dataset.categories if name not in known]
     if absent:
         raise DataError(f"{place}: has no category {', '.join(absent)}; the run was made from another dataset")
-    selection = Selection((), shots=run.shots, limit=run.limit, seed=run.seed)
+    selection = Selection((), run.shots, run.limit, run.seed, run.shot_choice)
     index = RawIndex(session.store.root, dataset.root)
     samples = {
         name: select_samples(session, dataset, name, selection, index=index) for name in sorted(run.dataset.categories)
@@ -308,7 +308,7 @@ def _planned_predictions(
 
     defaults = build_config(get_method(run.method.name), run.method.variant, run.method.recipe, {})
     usual = defaults.model_dump(mode="json")
-    selection = Selection((), shots=run.shots, limit=run.limit, seed=run.seed)
+    selection = Selection((), run.shots, run.limit, run.seed, run.shot_choice)
     request = EvaluateRequest(
         data=dataset.root,
         method=run.method.name,

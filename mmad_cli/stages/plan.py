@@ -36,23 +36,31 @@ FIT = "fit"
 PREDICT = "predict"
 EVALUATE = "evaluate"
 
+SHOT_CHOICES = ("random", "first")
+
 # What the random generators of all libraries take
 _LARGEST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which samples take part: `shots` training samples drawn at random, at most `limit` per split and defect."""
+    """Which samples take part: `shots` training samples, at most `limit` samples per split and defect.
+
+    shot_choice: `random` draws the training samples with the seed, `first` takes the first by name.
+    """
 
     categories: tuple[str, ...] = ()
     shots: int | None = None
     limit: int | None = None
     seed: int = 0
+    shot_choice: str = "random"
 
     def __post_init__(self) -> None:
         for name, value in (("--shots", self.shots), ("--limit", self.limit)):
             if value is not None and value < 1:
                 raise UsageError(f"{name} {value}: must be at least 1")
+        if self.shot_choice not in SHOT_CHOICES:
+            raise unknown_name("choice of shots", self.shot_choice, SHOT_CHOICES, "--shot-choice")
         if not 0 <= self.seed <= _LARGEST_SEED:
             raise UsageError(f"--seed {self.seed}: must be 0 to {_LARGEST_SEED}")
 
@@ -189,6 +197,8 @@ def _draw(refs: list[SampleRef], selection: Selection) -> list[SampleRef]:
         return refs
     if selection.shots > len(refs):
         raise DataError(f"--shots {selection.shots}: there are only {len(refs)} training samples")
+    if selection.shot_choice == "first":
+        return refs[: selection.shots]
     chosen = np.random.default_rng([selection.seed, selection.shots]).choice(
         len(refs), size=selection.shots, replace=False
     )

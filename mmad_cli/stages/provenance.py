@@ -41,6 +41,7 @@ def start_run(prepared: Prepared, samples: Mapping[str, CategorySamples]) -> Run
         "full_resolution": request.full_resolution,
         # other runs keep the name that they have
         **({"score_validation": True} if request.score_validation else {}),
+        **({} if request.selection.shot_choice == "random" else {"shot_choice": request.selection.shot_choice}),
     }
     suffix = digest_bytes(canonical_json(identity).encode())[:8]
     result = RunResult(
@@ -72,6 +73,7 @@ def start_run(prepared: Prepared, samples: Mapping[str, CategorySamples]) -> Run
         environment=environment(),
         seed=request.selection.seed,
         shots=request.selection.shots,
+        shot_choice=request.selection.shot_choice,
         limit=request.selection.limit,
         full_resolution=request.full_resolution,
     )
@@ -90,7 +92,8 @@ def not_comparable_reasons(prepared: Prepared, samples: Mapping[str, CategorySam
     if request.selection.limit is not None:
         reasons.append(f"limit: at most {request.selection.limit} samples per split and defect")
     if request.selection.shots is not None:
-        reasons.append(f"shots: {request.selection.shots} training samples per category")
+        which = "" if request.selection.shot_choice == "random" else f", the {request.selection.shot_choice} ones"
+        reasons.append(f"shots: {request.selection.shots} training samples per category{which}")
     left_out = [name for name in prepared.dataset.categories() if name not in prepared.categories]
     if left_out:
         reasons.append(f"missing categories: {', '.join(left_out)} not evaluated")

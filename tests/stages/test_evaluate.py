@@ -286,7 +286,12 @@ def test_selection_is_seeded_and_said(tiny_dataset: Path, tmp_path: Path) -> Non
     assert limited.categories["block"].n_train == 1
     assert limited.categories["block"].n_test == 2
     assert any("limit" in reason for reason in limited.not_comparable)
-    assert len({shots.run_id, limited.run_id}) == 2
+    first, folder = evaluate(tiny_dataset, tmp_path / "first", shots=2, seed=3, shot_choice="first")
+    assert any("2 training samples per category, the first ones" in reason for reason in first.not_comparable)
+    assert RunResult.from_disk(folder).shot_choice == "first" != RunResult.from_disk(tmp_path / "run").shot_choice
+    assert len({shots.run_id, limited.run_id, first.run_id}) == 3
+    with pytest.raises(UsageError, match="--shot-choice"):
+        evaluate(tiny_dataset, tmp_path, shots=2, shot_choice="best")
     with pytest.raises(UsageError, match="--limit 0"):
         evaluate(tiny_dataset, tmp_path, limit=0)
     too_many, _ = evaluate(tiny_dataset, tmp_path / "many", shots=50)
@@ -371,3 +376,19 @@ def test_clean_scans_survive_the_store_exactly(tiny_dataset: Path, tmp_path: Pat
         assert c.rgb.shape == c.xyz.shape == (224, 224, 3)
     raw = list(api.load_preprocessed(tiny_dataset, "none", False, store=store, categories=["block"]))
     assert sum(s.xyz.any(-1).sum() for s in raw) > sum(s.xyz.any(-1).sum() for s in first)
+
+
+def test_the_first_shots_are_those_of_the_first_names(tiny_dataset: Path, tmp_path: Path) -> None:
+    from mmad_cli.datasets import open_dataset
+    from mmad_cli.stages.plan import Selection, select_samples
+    from mmad_cli.stages.session import Session
+
+    with Session(Store(tmp_path / "store")) as session:
+        chosen = [
+            select_samples(
+                session, open_dataset(tiny_dataset), "block", Selection(shots=2, seed=seed, shot_choice=which)
+            )
+            for seed, which in ((0, "first"), (1, "first"), (1, "random"))
+        ]
+    assert [[ref.stem for ref in samples.train] for samples in chosen[:2]] == [["000", "001"]] * 2
+    assert chosen[2].train != chosen[1].train
