@@ -277,7 +277,7 @@ class TestTables:
 
         assert set(METRIC_KEYS) <= set(rows_of("metrics.md"))
 
-    @pytest.mark.parametrize("method", ["btf", "m3dm", "patchcore"])
+    @pytest.mark.parametrize("method", ["btf", "g2sf", "iaenet", "m3dm", "patchcore"])
     def test_every_switch_of_a_method_is_described(self, method):
         from mmad_cli.methods import get_method
 
