@@ -4,7 +4,7 @@ Methods that learn how to join scores (G2SF, IAENet) share them. An expert gives
 and the features that were scored; it knows nothing of how its scores are used.
 """
 
-from mmad_cli.methods.experts.expert import Expert, Lookup
+from mmad_cli.methods.experts.expert import Expert, Lookup, bank_selection
 from mmad_cli.methods.experts.normalisers import NORMALISERS, Normaliser, fit_normaliser
 from mmad_cli.methods.experts.panel import LOOK, RANKS, Look, Panel, Scan, cell_labels, foreground
 from mmad_cli.methods.experts.pseudo import PseudoSample, pseudo_samples, with_pseudo
@@ -25,6 +25,7 @@ __all__ = [
     "PseudoSample",
     "Scan",
     "Source",
+    "bank_selection",
     "cell_labels",
     "fit_normaliser",
     "foreground",

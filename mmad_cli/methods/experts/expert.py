@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -32,6 +32,14 @@ class Lookup:
     rows: FloatArray
     neighbours: IndexArray
     distances: FloatArray
+
+
+def bank_selection(fraction: float, eps: float, dtype: Literal["float16", "float32"]) -> BankConfig:
+    """A greedy coreset by a sparse projection; all rows for a fraction of 1."""
+    from mmad_cli.memory import BankConfig
+
+    coreset: Literal["greedy", "all"] = "greedy" if fraction < 1 else "all"
+    return BankConfig(fraction=fraction, eps=eps, projection="sparse", coreset=coreset, coreset_dtype=dtype)
 
 
 class Expert:

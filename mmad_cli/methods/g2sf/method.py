@@ -26,6 +26,7 @@ from mmad_cli.methods.experts import (
     Cells,
     Expert,
     Source,
+    bank_selection,
     cell_labels,
     pseudo_samples,
     with_pseudo,
@@ -92,7 +93,7 @@ class G2SF:
         tell = SharedProgress(progress, 4000)
         self.experts_ = self._experts()
         for expert in self.experts_:
-            expert.fit(train, stream=stream, progress=_part(tell, 500))
+            expert.fit(train, stream=stream, progress=tell.share(500))
         trained = self._train(train, seed, tell)
         self.network_, self.units_ = trained.network, trained.units
 
@@ -170,16 +171,8 @@ class G2SF:
         return max(selecting, held + pool + min(batch, pool)) + 256 * _MEBIBYTE
 
     def _experts(self) -> list[Expert]:
-        from mmad_cli.memory import BankConfig
-
         config = self.config
-        selection = BankConfig(
-            fraction=config.coreset_fraction,
-            eps=config.coreset_eps,
-            projection="sparse",
-            coreset="greedy" if config.coreset_fraction < 1 else "all",
-            coreset_dtype=config.coreset_dtype,
-        )
+        selection = bank_selection(config.coreset_fraction, config.coreset_eps, config.coreset_dtype)
         return [Expert(source, selection, self.device) for source in self.sources]
 
     def _train(self, train: FeatureSet, seed: int, tell: SharedProgress) -> Trained:
@@ -194,10 +187,10 @@ class G2SF:
             ranks=self.config.distal + 1,
             dtype=self.config.pool_dtype,
             device=self.device,
-            progress=_part(tell, 1000),
+            progress=tell.share(1000),
         )
         try:
-            return training.train(pool, self.config, seed=seed, progress=_part(tell, 2000))
+            return training.train(pool, self.config, seed=seed, progress=tell.share(2000))
         except ValueError as error:
             raise DataError(f"the pseudo anomalies of {len(train)} training samples cannot be used: {error}") from error
 
@@ -249,12 +242,6 @@ def _sources(config: G2SFConfig) -> tuple[Source, Source]:
 def _foreground(cells: Sequence[Cells]) -> BoolArray:
     """Cells with points under them: the point feature is not zero."""
     return cells[1].filled
-
-
-def _part(tell: SharedProgress, size: int) -> ProgressCallback:
-    """Callback of a part that takes `size` steps of the whole, whatever number it counts itself."""
-    inner = tell.part(size)
-    return lambda done, total: inner(size * done // max(total, 1), size)
 
 
 DEFINITION = MethodDefinition(

@@ -21,6 +21,8 @@ from mmad_cli.methods.iaenet.fusion import Alignment, Rule, fit_alignment, image
 from mmad_cli.types import FloatArray
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mmad_cli.methods.g2sf.network import LocalScaleNetwork
     from mmad_cli.methods.iaenet.networks import Fusion
 
@@ -286,11 +288,8 @@ class Importance(Scaled):
 
     def save(self, folder: Path) -> None:
         """Write state and network."""
-        from safetensors.torch import save_file
-
         super().save(folder)
-        tensors = {name: value.cpu().contiguous() for name, value in self.network.state_dict().items()}
-        save_file(tensors, str(folder / _NETWORK_FILE))
+        _write_network(self.network, folder)
 
     def restore(self, state: dict[str, Any], folder: Path) -> None:
         """Take the state back."""
@@ -379,12 +378,9 @@ class Geometric(Joiner):
 
     def save(self, folder: Path) -> None:
         """Write state and network."""
-        from safetensors.torch import save_file
-
         super().save(folder)
         if self.network is not None:
-            tensors = {name: value.cpu().contiguous() for name, value in self.network.state_dict().items()}
-            save_file(tensors, str(folder / _NETWORK_FILE))
+            _write_network(self.network, folder)
 
     def restore(self, state: dict[str, Any], folder: Path) -> None:
         """Take the state back."""
@@ -423,3 +419,10 @@ def _calibration(calibration: Calibration | None) -> Calibration:
     if calibration is None:
         raise ValueError("calibration: must be given to a fusion that compares scores")
     return calibration
+
+
+def _write_network(network: nn.Module, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
+    save_file(tensors, str(folder / _NETWORK_FILE))

@@ -24,10 +24,12 @@ from mmad_cli.methods.base import (
 from mmad_cli.methods.experts import (
     CELLS,
     GRID,
+    RANKS,
     Panel,
     PseudoSample,
     Scan,
     Source,
+    bank_selection,
     pseudo_samples,
     with_pseudo,
 )
@@ -51,19 +53,11 @@ class IAENet:
     joiner_: Joiner
 
     def __init__(self, config: IAENetConfig, device: str = "cpu") -> None:
-        from mmad_cli.memory import BankConfig
-
         self.config = config
         self.device = device
         self.panel = Panel(
             sources(config),
-            BankConfig(
-                fraction=config.coreset_fraction,
-                eps=config.coreset_eps,
-                projection="sparse",
-                coreset="greedy" if config.coreset_fraction < 1 else "all",
-                coreset_dtype=config.coreset_dtype,
-            ),
+            bank_selection(config.coreset_fraction, config.coreset_eps, config.coreset_dtype),
             config.augmentations,
             bank_rows=config.bank_rows,
             background=config.background == "uniform",
@@ -121,7 +115,7 @@ class IAENet:
         tell = SharedProgress(progress, 4000)
         self._own_experts = not isinstance(train[0], LookedAt)
         if self._own_experts:
-            self.panel.fit(train, seed=seed, progress=_part(tell, 1000))
+            self.panel.fit(train, seed=seed, progress=tell.share(1000))
         material = self._material(train, validation, seed, folder, tell)
         fusion = joiner(self.config, self.panel)
         fusion.fit(material)
@@ -177,12 +171,12 @@ class IAENet:
             if config.variant in ("iaf_f", "g2sf"):
                 # gathered in parts, then joined, in half precision
                 held += 4 * made * min(rows, _FOREGROUND) * channels
-        return max(selecting, held + 40 * CELLS * len(self.panel.sources) * made) + 256 * _MEBIBYTE
+        return max(selecting, held + 12 * RANKS * _FOREGROUND * len(self.panel.sources) * made) + 256 * _MEBIBYTE
 
     def _material(
         self, train: FeatureSet, validation: FeatureSet, seed: int, folder: Path | None, tell: SharedProgress
     ) -> Material:
-        config, look = self.config, _part(tell, 1500)
+        config, look = self.config, tell.share(1500)
         made = pseudo_samples(train, config.augmentations)
         samples: list[SampleFeatures | PseudoSample] = [*(validation if config.needs_validation else ()), *made]
         scans: list[Scan] = []
@@ -197,7 +191,7 @@ class IAENet:
             pseudo=pseudo,
             seed=seed,
             folder=folder,
-            progress=_part(tell, 1500),
+            progress=tell.share(1500),
         )
 
     def _scan(self, sample: SampleFeatures | PseudoSample, *, test: bool = False) -> Scan:
@@ -239,12 +233,6 @@ def sources(config: IAENetConfig) -> list[Source]:
         ),
     }
     return [known[name]() for name in config.experts]
-
-
-def _part(tell: SharedProgress, size: int) -> ProgressCallback:
-    """Callback of a part that takes `size` steps of the whole, whatever number it counts itself."""
-    inner = tell.part(size)
-    return lambda done, total: inner(size * done // max(total, 1), size)
 
 
 DEFINITION = MethodDefinition(

@@ -53,3 +53,8 @@ class SharedProgress:
                 self.callback(reached, self.total)
 
         return tell
+
+    def share(self, size: int) -> ProgressCallback:
+        """Callback of the next part, which takes `size` steps of the whole, whatever number it counts itself."""
+        inner = self.part(size)
+        return lambda done, total: inner(size * done // max(total, 1), size)
