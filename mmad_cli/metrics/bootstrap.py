@@ -169,7 +169,7 @@ def _above(scores: Floats, cuts: Floats) -> Floats:
 
 
 def pixel_draws(counts: PixelCounts, weights: ArrayLike) -> Draws:
-    """P-AUROC and all AUPRO values of every draw, float64 (B,) each.
+    """P-AUROC, P-FPR95 and all AUPRO values of every draw, float64 (B,) each.
 
     weights (B, N) not negative. The curves are drawn through the thresholds of the counts, with straight lines
     between them; the published grids are read off them at the rates of their thresholds. Precision is not among them:
@@ -183,8 +183,18 @@ def pixel_draws(counts: PixelCounts, weights: ArrayLike) -> Draws:
         if not (alarms[:, -1].all() and hits[:, -1].all()):
             raise ValueError("weights must leave normal and defect pixels in every draw")
         rate, overlap = alarms / alarms[:, -1:], (rows @ counts.overlap) / regions[:, None]
-        parts.append({"p_auroc": _roc(hits, alarms)["i_auroc"], **_aupro_values(rate, overlap)})
+        found = hits / hits[:, -1:]
+        ranking = {"p_auroc": _roc(hits, alarms)["i_auroc"], "p_fpr95": _rate_at(rate, found, 0.95)}
+        parts.append({**ranking, **_aupro_values(rate, overlap)})
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def _rate_at(rate: Floats, height: Floats, level: float) -> Floats:
+    """Where each curve (B, K), which rises from 0 to 1, reaches the level; straight lines between its points."""
+    after = np.argmax(height >= level * (1 - 1e-12), axis=1)[:, None]
+    x0, x1 = (np.take_along_axis(rate, at, axis=1)[:, 0] for at in (after - 1, after))
+    y0, y1 = (np.take_along_axis(height, at, axis=1)[:, 0] for at in (after - 1, after))
+    return np.asarray(x0 + (x1 - x0) * (level - y0) / (y1 - y0))
 
 
 def _aupro_values(rate: Floats, overlap: Floats) -> Draws:
