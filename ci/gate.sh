@@ -17,7 +17,8 @@ rm -rf "$folder"
 export MMAD_STORE=${GATE_STORE:-$folder/store}
 "$mmad" synth "$folder/data" --category flange --category hose \
     --train 6 --validation 1 --test-good 5 --test-defect 1 --size 160 --seed 0
-"$mmad" evaluate "$folder/data" --method btf --variant fpfh --device cpu --save-maps --out "$folder/run" >/dev/null
+"$mmad" evaluate "$folder/data" --method btf --variant fpfh --device cpu --save-maps --score-validation \
+    --out "$folder/run" >/dev/null
 
 if [ "${1:-}" = --update ]; then
     exec "$mmad" report "$folder/run" --update-reference "$reference" --output "$folder/summary.md" --format markdown

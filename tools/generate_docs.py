@@ -75,7 +75,9 @@ def _section(path: tuple[str, ...], command: Any) -> str:
 
 
 def _argument(parameter: Any) -> str:
-    return f"| `{parameter.metavar or parameter.name.upper()}` | {_meaning(parameter)} |"
+    name = parameter.metavar or parameter.name.upper()
+    shown = name if parameter.required else f"[{name}]" + ("..." if parameter.nargs == -1 else "")
+    return f"| `{shown}` | {_meaning(parameter)} |"
 
 
 def _option(parameter: Any) -> str:

@@ -46,7 +46,7 @@ def evaluate(
     data: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[DATA]",
+            metavar="DATA",
             envvar="MMAD_DATA",
             help="Dataset folder. Default: a small synthetic one.",
             show_default=False,

@@ -23,7 +23,7 @@ HTML_FILE = "report.html"
 def report(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[RUN]...", help="Run folders. Default: all under runs/.", show_default=False),
+        typer.Argument(metavar="RUN", help="Run folders. Default: all under runs/.", show_default=False),
     ] = None,
     format: Annotated[str, typer.Option("--format", "-f", help="table, markdown, latex, csv, json, junit or html.")] = (
         "table"
@@ -232,9 +232,11 @@ def _update(results: list[RunResult], file: Path, metrics: list[str] | None, cat
     if len(results) != 1:
         names = ", ".join(run.run_id for run in results)
         raise UsageError(f"--update-reference {file}: needs one run, got {len(results)}: {names}; name its folder")
+    is_new = not file.exists()
     changes = update_reference(results[0], file, metrics, categories)
-    print_err(f"written: {file}, {len(changes)} numbers changed" if changes else f"written: {file}, no number changed")
-    for change in changes:
+    what = f"{len(changes) or 'no'} number{'s' if len(changes) > 1 else ''}" + ("" if is_new else " changed")
+    print_err(f"written: {file}, {what}")
+    for change in [] if is_new else changes:
         print_err(f"  {change}")
 
 

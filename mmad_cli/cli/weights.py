@@ -68,7 +68,7 @@ def import_(
 def verify(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]...", help="Names; default: all that are here.", show_default=False),
+        typer.Argument(metavar="NAME", help="Names; default: all that are here.", show_default=False),
     ] = None,
     json: Json = False,
 ) -> int:

@@ -246,7 +246,8 @@ def _unknown_reference(name: str, known: Mapping[str, Reference], option: str = 
     groups = reference_groups()
     near = difflib.get_close_matches(name, [*known, *groups], n=1, cutoff=0.5)
     # Without a near name the groups are listed alone: all names would fill a screen.
-    return unknown_name("reference", name, [*known, *groups] if near else groups, option)
+    what = "reference, run or file" if option == OPTION else "reference"
+    return unknown_name(what, name, [*known, *groups] if near else groups, option)
 
 
 def _select(name: str, candidates: list[Reference], run: RunResult) -> Reference:

@@ -125,7 +125,9 @@ def test_a_group_with_several_fitting_rows_asks_for_one(make_run):
 
 
 def test_unknown_names_suggest_near_ones(make_run):
-    with pytest.raises(UsageError, match=r"--against: unknown reference 'm3dm-papr'; did you mean .*'m3dm-paper'"):
+    with pytest.raises(
+        UsageError, match=r"--against: unknown reference, run or file 'm3dm-papr'; did you mean .*'m3dm-paper'"
+    ):
         resolve_reference("m3dm-papr", make_run())
     with pytest.raises(UsageError, match=r"known: .*btf-readme") as caught:
         resolve_reference("zzzzzzzz", make_run())
