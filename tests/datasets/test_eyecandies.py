@@ -321,3 +321,23 @@ def test_commands(candies, tmp_path, monkeypatch, capfd):
     eight_bits(data_of(candies, category="Lollipop") / "03_depth.png")
     assert run(["check", str(candies)]) == 3
     assert "03_depth.png: has 8 bits per channel" in capfd.readouterr().out.replace("\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["cfm", "mafr", "cmdr_iad"])
+def test_methods_of_the_mapping_family(candies, tmp_path, monkeypatch, capfd, method):
+    """From the files of the dataset to a run, with the networks that come with the tool."""
+    from mmad_cli.cli.app import run
+    from mmad_cli.results.schema import RunResult
+
+    monkeypatch.chdir(tmp_path)
+    options = ["--backbones", "builtin", "--recipe", "fast", "--set", "epochs=1", "--set", "grid=16"]
+    place = ["--category", "CandyCane", "--workers", "1", "--store", str(tmp_path / "store"), "--out", "run"]
+    assert run(["evaluate", str(candies), "--method", method, *options, *place]) == 0
+    assert "CandyCane" in capfd.readouterr().out
+    result = RunResult.from_disk(tmp_path / "run")
+    category = result.categories["CandyCane"]
+    assert (result.dataset.name, result.preprocessing.protocol) == ("eyecandies", "cfm")
+    assert (category.n_train, category.n_test) == (3, 4)
+    assert category.training and all(len(curve) == 1 for curve in category.training.values())
+    assert all(0 <= category.metrics[key] <= 1 for key in ("i_auroc", "p_auroc", "aupro_30_grid99"))

@@ -242,3 +242,34 @@ def test_evaluate(edges, tmp_path):
     assert result.failed_categories == []
     assert any("chunk_points: 64 instead of the published 9216" in reason for reason in result.not_comparable)
     assert result.categories["edges"].n_train == 25
+
+
+@pytest.mark.slow
+def test_variant_of_cmdr_iad(tmp_path, ply_writer, monkeypatch, capfd):
+    """From PLY scans in chunks of the published size to a run, with the point network that comes with the tool."""
+    from mmad_cli.cli.app import run
+    from mmad_cli.results.schema import RunResult
+
+    rng = np.random.default_rng(0)
+    for name, chunks_of in (("a", 4), ("b", 3)):
+        count = chunks_of * chunks.CHUNK_POINTS + 10
+        along, across = np.divmod(np.arange(count), 384)
+        height = np.sin(across / 60) + rng.normal(0, 0.005, count)
+        # more points than the 24 that make a chunk anomalous, far off the surface
+        height[chunks.CHUNK_POINTS + 4000 :][:30] += rng.uniform(40, 60, 30)
+        ply_writer(tmp_path / "scans" / "edges" / f"{name}.ply", np.stack([across, along, height], 1), "ascii")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(polyurethane.LEVELS, "low", 1e-3)
+    data, place = str(tmp_path / "scans"), ["--workers", "1", "--store", str(tmp_path / "store"), "--out", "run"]
+    assert run(["check", data]) == 0
+    method = ["--method", "cmdr_iad", "--variant", "polyurethane", "--backbones", "builtin", "--set", "epochs=2"]
+    assert run(["evaluate", data, *method, *place]) == 0
+    assert "edges" in capfd.readouterr().out
+    result = RunResult.from_disk(tmp_path / "run")
+    category = result.categories["edges"]
+    assert (category.n_train, category.n_test) == (4, 3)
+    assert len(category.training["point_decoder/cosine"]) == 2
+    assert all(0 <= category.metrics[key] <= 1 for key in ("i_auroc", "p_auroc", "aupro_30_grid99"))
+    # another variant needs an image
+    assert run(["evaluate", data, "--method", "cmdr_iad", "--backbones", "builtin", *place]) == 2
+    assert "needs the modality rgb" in capfd.readouterr().err.replace("\n", " ")
