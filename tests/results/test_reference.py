@@ -102,6 +102,11 @@ def test_known_published_means(make_run, name, expected):
             "mafr-paper:rgb+3d:eyecandies",
         ),
         ("cmdr-paper", {"method": "cmdr-iad", "variant": "rgb+3d"}, "cmdr-paper:rgb+3d"),
+        (
+            "cmdr-paper",
+            {"method": "cmdr_iad", "variant": "polyurethane", "dataset": "polyurethane"},
+            "cmdr-paper:3d:pu_cutting",
+        ),
         ("g2sf-readme", {"method": "g2sf", "variant": "default"}, "g2sf-readme:rgb+3d"),
         (
             "cif-paper",

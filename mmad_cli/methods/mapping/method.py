@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
     from mmad_cli.backbones.specs import FeatureSpec
 
+# of DINO ViT-B/8 and of Point-MAE
+PUBLISHED_CHANNELS = {RGB: 768, POINTS: 1152}
+
 NETWORKS_FILE = "networks.safetensors"
 _STATE_FILE = "state.json"
 
@@ -245,10 +248,16 @@ class MappingMethod(ABC):
         (folder / _STATE_FILE).write_text(json.dumps(state) + "\n")
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote. Raises DataError when the networks are not those of this configuration."""
+        """Read what `save` wrote, or networks alone, which are taken for ones on the published features.
+
+        Raises DataError when the networks are not those of this configuration.
+        """
         from safetensors.torch import load_file
 
-        state = json.loads((folder / _STATE_FILE).read_text())
+        file = folder / _STATE_FILE
+        state: dict[str, Any] = {"channels": {name: PUBLISHED_CHANNELS[name] for name in self.streams}, "losses": {}}
+        if file.is_file():
+            state = json.loads(file.read_text())
         learner = self._fresh(state["channels"], 0)
         tensors = load_file(str(folder / NETWORKS_FILE))
         for name, module in learner.groups.items():
@@ -264,7 +273,7 @@ class MappingMethod(ABC):
         """Dense features of a batch, what the networks make of them with gradients, and kept tokens."""
         pixels = self.settings.grid**2
         batch = min(self.settings.batch_size, max(n_train, 1))
-        dense = batch * pixels * (768 + 1152) * _FLOAT32_BYTES
+        dense = batch * pixels * sum(PUBLISHED_CHANNELS.values()) * _FLOAT32_BYTES
         tokens = min(n_train * 10_000_000, 1 << 30)
         return 3 * dense + tokens
 
