@@ -35,7 +35,7 @@ FILE_NAME = "dataset.toml"
 _SETTINGS: dict[str, dict[str, type]] = {
     "mvtec3d": {},
     "eyecandies": {"light": int},
-    "polyurethane": {"level": str, "chunk_points": int},
+    "polyurethane": {"level": str, "chunk_points": int, "marker": str},
     "files": {"good": str, "category": str, "train": dict, "validation": dict, "test": dict},
 }
 _KINDS: dict[type, str] = {int: "a whole number", str: "a text in quotes", dict: "a table"}

@@ -35,19 +35,25 @@ Level = Literal["low", "high"]
 # The share of points that is marked
 LEVELS: dict[Level, float] = {"low": 1e-4, "high": 1.5e-4}
 
+# What marks them
+Marker = Literal["isolation_forest", "lof"]
+MARKERS: tuple[Marker, ...] = ("isolation_forest", "lof")
+
 
 @dataclass(frozen=True)
 class PolyurethaneDataset:
     """Folders of PLY scans; `only` restricts it to one of them.
 
-    level: how many points are marked as anomalous; chunk_points: points per sample, a square number. The published
-    numbers are for `low` and 9216; the released code also knows `high` and 4096.
+    level: how many points are marked as anomalous; marker: by an Isolation Forest or by local outlier factors;
+    chunk_points: points per sample, a square number. The published numbers are for `low`, the forest and 9216; the
+    released code also knows `high`, the factors and 4096.
     """
 
     root: Path
     only: str | None = None
     level: Level = "low"
     chunk_points: int = 9216
+    marker: Marker = "isolation_forest"
     name: str = field(default=NAME, init=False)
     layout: str = field(default=NAME, init=False)
     modalities: tuple[Modality, ...] = field(default=("3d",), init=False)
@@ -56,15 +62,17 @@ class PolyurethaneDataset:
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
             raise UsageError(f"level {self.level!r}: should be {' or '.join(LEVELS)}")
+        if self.marker not in MARKERS:
+            raise UsageError(f"marker {self.marker!r}: should be {' or '.join(MARKERS)}")
         if self.chunk_points < 1 or math.isqrt(self.chunk_points) ** 2 != self.chunk_points:
             raise UsageError(f"chunk_points {self.chunk_points}: should be a square number such as 9216")
 
     def departures(self) -> list[str]:
-        """Another level or size of chunks than the published ones."""
+        """Another level, marker or size of chunks than the published ones."""
         default = PolyurethaneDataset(self.root)
         return [
             f"{name}: {getattr(self, name)} instead of the published {getattr(default, name)}"
-            for name in ("level", "chunk_points")
+            for name in ("level", "chunk_points", "marker")
             if getattr(self, name) != getattr(default, name)
         ]
 
@@ -89,7 +97,7 @@ class PolyurethaneDataset:
         findings: list[Finding] = []
         for path in self.scan_files(category):
             try:
-                labels[path] = _labels_in_state(path, _state(path), LEVELS[self.level])
+                labels[path] = _labels_in_state(path, _state(path), LEVELS[self.level], self.marker)
             except Unusable as problem:
                 findings.append(Finding("error", category, str(path), problem.message, problem.advice))
         listing = self.list_labelled(category, labels)
@@ -104,14 +112,16 @@ class PolyurethaneDataset:
 
     def labelling(self) -> dict[str, Any]:
         """What decides which points are marked."""
-        from mmad_cli.preprocessing.chunks import SEED, TREES
+        from mmad_cli.preprocessing.chunks import NEIGHBOURS, SEED, TREES
 
+        if self.marker == "lof":
+            return {"algorithm": "lof", "neighbours": NEIGHBOURS, "contamination": LEVELS[self.level]}
         return {"algorithm": "isolation forest", "trees": TREES, "seed": SEED, "contamination": LEVELS[self.level]}
 
     def label_scan(self, path: Path) -> ScanLabels:
         """Mark the points of one scan. Raises DataError naming the file."""
         try:
-            return _labels_in_state(path, _state(path), LEVELS[self.level])
+            return _labels_in_state(path, _state(path), LEVELS[self.level], self.marker)
         except Unusable as problem:
             raise DataError(f"{problem.path}: {problem.message}; {problem.advice}") from problem
 
@@ -143,8 +153,9 @@ class PolyurethaneDataset:
             refs.append(SampleRef(category, split, GOOD if good else ANOMALOUS, stem, {"xyz": path}, part))
         refs.sort(key=lambda ref: (ref.split == "test", ref.defect, ref.stem))
         if refs:
-            message = "good and anomalous were told apart by an Isolation Forest, not by people"
-            advice = "metrics say how well a method agrees with it"
+            what = "an Isolation Forest" if self.marker == "isolation_forest" else "local outlier factors"
+            message = f"good and anomalous were told apart by {what}, not by people"
+            advice = "metrics say how well a method agrees with that"
             findings.append(Finding("warning", category, str(self.root / category), message, advice))
         return Listing(tuple(refs), tuple(findings))
 
@@ -223,9 +234,10 @@ def _points_in_state(path: Path, state: tuple[int, ...]) -> FloatArray:
 
 
 @lru_cache(maxsize=1024)
-def _labels_in_state(path: Path, state: tuple[int, ...], contamination: float) -> ScanLabels:
-    from mmad_cli.preprocessing.chunks import isolated_points
+def _labels_in_state(path: Path, state: tuple[int, ...], contamination: float, marker: Marker) -> ScanLabels:
+    from mmad_cli.preprocessing import chunks
 
     points = _points_in_state(path, state)
-    marked = isolated_points(points, contamination) if len(points) else np.zeros(0, dtype=np.int64)
+    mark = chunks.outlying_points if marker == "lof" else chunks.isolated_points
+    marked = mark(points, contamination) if len(points) else np.zeros(0, dtype=np.int64)
     return ScanLabels(len(points), marked)

@@ -19,6 +19,7 @@ CONTAMINATION = 1e-4
 ANOMALOUS_SHARE = 0.0025
 TEST_SHARE = 0.1
 TREES = 200
+NEIGHBOURS = 30
 SEED = 42
 
 _SMALLEST_RANGE = 1e-12
@@ -33,16 +34,35 @@ def isolated_points(
     scikit-learn's IsolationForest marks as -1 with these arguments, and scores the points once instead of twice. Raises
     ValueError for points of another shape, none, or a contamination out of range.
     """
-    if points.ndim != 2 or points.shape[1] != 3 or not len(points):
-        raise ValueError(f"points: should be (n, 3) with n above 0, got {points.shape}")
-    if not 0 < contamination <= 0.5:
-        raise ValueError(f"contamination: should be above 0 and at most 0.5, got {contamination}")
+    _check_marking(points, contamination)
     from sklearn.ensemble import IsolationForest
 
     forest = IsolationForest(n_estimators=trees, max_samples="auto", contamination="auto", random_state=seed)
     scores = forest.fit(points).score_samples(points)
     limit = np.percentile(scores, 100 * contamination)
     return np.flatnonzero(scores - limit < 0).astype(np.int64)
+
+
+def outlying_points(
+    points: FloatArray, contamination: float = CONTAMINATION, neighbours: int = NEIGHBOURS
+) -> IndexArray:
+    """Sorted indices int64 of the points (n, 3) with the largest local outlier factor (Breunig et al., SIGMOD 2000).
+
+    What scikit-learn's LocalOutlierFactor marks as -1 with these arguments; the released code offers it beside the
+    Isolation Forest. Raises ValueError as `isolated_points` does.
+    """
+    _check_marking(points, contamination)
+    from sklearn.neighbors import LocalOutlierFactor
+
+    factor = LocalOutlierFactor(n_neighbors=neighbours, contamination=contamination)
+    return np.flatnonzero(factor.fit_predict(points) == -1).astype(np.int64)
+
+
+def _check_marking(points: FloatArray, contamination: float) -> None:
+    if points.ndim != 2 or points.shape[1] != 3 or not len(points):
+        raise ValueError(f"points: should be (n, 3) with n above 0, got {points.shape}")
+    if not 0 < contamination <= 0.5:
+        raise ValueError(f"contamination: should be above 0 and at most 0.5, got {contamination}")
 
 
 def normalised_grid(points: FloatArray) -> FloatArray:

@@ -187,10 +187,25 @@ def test_settings(edges):
     changed = PolyurethaneDataset(edges, level="high", chunk_points=4096)
     assert len(changed.departures()) == 2
     assert changed.labelling()["contamination"] == 1.5e-4
+    other = PolyurethaneDataset(edges, marker="lof")
+    assert other.labelling() == {"algorithm": "lof", "neighbours": 30, "contamination": 1e-4}
+    assert other.departures() == ["marker: lof instead of the published isolation_forest"]
+    with pytest.raises(UsageError, match="marker 'forest'"):
+        PolyurethaneDataset(edges, marker="forest")
     with pytest.raises(UsageError, match="square number"):
         PolyurethaneDataset(edges, chunk_points=10)
     with pytest.raises(UsageError, match="level 'middle'"):
         PolyurethaneDataset(edges, level="middle")
+
+
+def test_local_outlier_factors(edges):
+    """The same far point of the first scan, of other marks in the second."""
+    text = 'layout = "polyurethane"\nchunk_points = 64\nmarker = "lof"\n'
+    (edges / "dataset.toml").write_text(text)
+    report = check_dataset(edges)
+    assert any("by local outlier factors, not by people" in finding.message for finding in report.findings)
+    marked = [ref for ref in open_dataset(edges).samples("edges") if ref.label]
+    assert marked[0].id == "test/anomalous/a-0003" and marked[0].part["marked"] == [8]
 
 
 # --- through the stages

@@ -12,6 +12,7 @@ from mmad_cli.preprocessing.chunks import (
     drawn_positions,
     isolated_points,
     normalised_grid,
+    outlying_points,
 )
 from mmad_cli.preprocessing.conveyor import belt_scan, depth_in_metres, world_points
 from mmad_cli.types import Sample
@@ -129,6 +130,8 @@ def points():
 def test_isolated_points(polyurethane, points):
     np.testing.assert_array_equal(isolated_points(points), polyurethane["iso_low_idx"])
     np.testing.assert_array_equal(isolated_points(points, 1.5e-4), polyurethane["iso_high_idx"])
+    # stored for a part of the scan
+    np.testing.assert_array_equal(outlying_points(points[:4096]), [3622])
 
 
 def test_normalised_grid(polyurethane, points):
