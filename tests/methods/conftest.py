@@ -43,3 +43,21 @@ def network_set():
         )
 
     return make
+
+
+@pytest.fixture
+def random_resnet18(tmp_path, monkeypatch):
+    """A ResNet-18 with random weights, always the same, in a weights folder of the test's own."""
+    import torch
+    from safetensors.torch import save_file
+
+    from mmad_cli.backbones._timm import import_timm
+    from mmad_cli.backbones.weights import import_file
+
+    name = "resnet18.tv_in1k"
+    monkeypatch.setenv("MMAD_WEIGHTS", str(tmp_path / "weights"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = import_timm().create_model(name, pretrained=False).state_dict()
+    save_file(state, tmp_path / "random.safetensors")
+    import_file(name, tmp_path / "random.safetensors")

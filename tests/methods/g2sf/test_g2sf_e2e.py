@@ -4,30 +4,13 @@ import json
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from mmad_cli.backbones.weights import import_file
 from mmad_cli.results.schema import RunResult
 from mmad_cli.stages import api
 
-MODEL = "resnet18.tv_in1k"
-
-
-@pytest.fixture
-def network(tmp_path, monkeypatch):
-    from mmad_cli.backbones._timm import import_timm
-
-    monkeypatch.setenv("MMAD_WEIGHTS", str(tmp_path / "weights"))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        state = import_timm().create_model(MODEL, pretrained=False).state_dict()
-    save_file(state, tmp_path / "random.safetensors")
-    import_file(MODEL, tmp_path / "random.safetensors")
-
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("network")
+@pytest.mark.usefixtures("random_resnet18")
 def test_from_scans_to_metrics_and_again_from_the_store(tiny_dataset, tmp_path, monkeypatch):
     settings = {"epochs": 2, "consistency_share": 0.05, "pseudo_per_sample": 1, "coreset_fraction": 0.02}
 
