@@ -185,10 +185,10 @@ class IAENetConfig(MethodConfig):
 FAST: dict[str, Any] = {
     "pseudo_per_sample": 2,
     "pseudo_samples": 100,
-    # of fewer pseudo anomalies smaller batches, so that as many steps are taken in fewer epochs
-    "batch_samples": 4,
-    "batch_patches": 2048,
-    "epochs": 30,
+    # smaller batches, so that few pseudo anomalies still make hundreds of steps
+    "batch_samples": 2,
+    "batch_patches": 1024,
+    "epochs": 60,
     "g2sf_epochs": 5,
     "g2sf_consistency_share": 0.1,
 }
