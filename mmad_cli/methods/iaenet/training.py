@@ -304,7 +304,7 @@ def feature_tiles(
 def patch_contexts(u: FloatArray, front: np.ndarray[Any, np.dtype[np.bool_]]) -> Tensor:
     """Context (n, K, 3) of the foreground patches of one scan, from u (K, 3136) and front (3136,)."""
     maps = context(torch.from_numpy(np.where(front, u, 0).astype(np.float32)).reshape(1, -1, GRID, GRID))
-    return maps[0].flatten(2)[:, :, torch.from_numpy(front)].permute(2, 1, 0)
+    return maps[0].flatten(2)[:, :, torch.from_numpy(front.copy())].permute(2, 1, 0)
 
 
 def prototype_size(bank: FloatArray) -> float:
