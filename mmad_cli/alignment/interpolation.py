@@ -21,6 +21,8 @@ EPSILON = 1e-8
 NEIGHBOURS = 3
 # centres examined per point, in turn, until rounding cannot have hidden a nearer one; the last turn takes all
 _CANDIDATES = (4, 8, 32)
+# points at a time that are compared with all centres
+_TIED_ROWS = 1024
 # eight roundings to float32, each relative to at most |a|^2 + |b|^2
 _EXPANSION_ERROR = 5e-7
 
@@ -38,7 +40,9 @@ def nearest_centres(
 
     form: `direct` differences in float64. `expanded` is the published float32 formula |a|^2 + |b|^2 - 2ab, whose
     cancellation (1e-8 to 1e-7 for coordinates near 0.5) exceeds the 1e-8 close to a centre: weights are wild there
-    and can be negative, and the third centre may be another one. Where it gives no finite weights, `direct` stands in.
+    and can be negative, and the third centre may be another one. Of centres at equal rounded
+    distances those are taken that PyTorch's sort, which is not stable, puts first. Where it gives no finite weights,
+    `direct` stands in.
 
     Raises ValueError for wrong shapes, fewer than three centres, or another form. Source: PointNet++ (arXiv
     1706.02413), equation 2, with p = 2 and k = 3; M3DM.
@@ -113,17 +117,23 @@ def _nearest_expanded(cloud: FloatArray, centres: FloatArray, workers: int) -> t
     indices = np.empty((len(cloud), NEIGHBOURS), dtype=np.int64)
     squared = np.empty((len(cloud), NEIGHBOURS), dtype=np.float32)
     scale = float((centres.astype(np.float64) ** 2).sum(axis=1).max())
+    tied = np.zeros(len(cloud), dtype=bool)
     open_rows = np.arange(len(cloud))
     for count in (*(count for count in _CANDIDATES if count < len(centres)), len(centres)):
         points = cloud[open_rows]
         candidates = _tree_search(points, centres, count, workers)
-        indices[open_rows], squared[open_rows] = _smallest(candidates, _expanded(points, centres, candidates))
+        distances = _expanded(points, centres, candidates)
+        indices[open_rows], squared[open_rows], tied[open_rows] = _smallest(candidates, distances)
         # a centre beyond the candidates is at least as far as the last of them, less the error
         reached = _direct(points, centres, candidates[:, -1:])[:, 0]
         error = _EXPANSION_ERROR * (scale + (points.astype(np.float64) ** 2).sum(axis=1))
         open_rows = open_rows[reached - error <= squared[open_rows, -1]]
         if not len(open_rows):
             break
+    rows = np.flatnonzero(tied)
+    for i in range(0, len(rows), _TIED_ROWS):
+        some = rows[i : i + _TIED_ROWS]
+        indices[some] = _first_of_sort(cloud[some], centres)
     return indices, squared
 
 
@@ -149,9 +159,21 @@ def _squared_norms(points: FloatArray) -> FloatArray:
     return np.asarray(points[:, 0] ** 2 + points[:, 1] ** 2 + points[:, 2] ** 2)
 
 
-def _smallest(candidates: IndexArray, distances: FloatArray) -> tuple[IndexArray, FloatArray]:
-    order = np.argsort(distances, axis=1, kind="stable")[:, :NEIGHBOURS]
-    return np.take_along_axis(candidates, order, axis=1), np.take_along_axis(distances, order, axis=1)
+def _smallest(candidates: IndexArray, distances: FloatArray) -> tuple[IndexArray, FloatArray, NDArray[np.bool_]]:
+    """The three smallest of each row, and whether any of them has an equal."""
+    order = np.argsort(distances, axis=1, kind="stable")[:, : NEIGHBOURS + 1]
+    ascending = np.take_along_axis(distances, order, axis=1)
+    tied = (ascending[:, 1:] == ascending[:, :-1]).any(axis=1)
+    return np.take_along_axis(candidates, order[:, :NEIGHBOURS], axis=1), ascending[:, :NEIGHBOURS], tied
+
+
+def _first_of_sort(cloud: FloatArray, centres: FloatArray) -> IndexArray:
+    """Indices (P, 3) of the smallest rounded distances as the published sort of all centres orders equal ones."""
+    import torch
+
+    every = np.broadcast_to(np.arange(len(centres)), (len(cloud), len(centres)))
+    order = torch.from_numpy(_expanded(cloud, centres, every)).sort(dim=1).indices
+    return np.asarray(order[:, :NEIGHBOURS].numpy(), dtype=np.int64)
 
 
 def _as_points(array: NDArray[np.floating[Any]], name: str) -> FloatArray:

@@ -138,7 +138,7 @@ class PointParams(_Params):
     `precision` bfloat16 computes the wide layers in bfloat16; features stay float32.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "scipy")
     inputs: ClassVar[tuple[Input, ...]] = ("xyz",)
     network: ClassVar[PointNetworkName]

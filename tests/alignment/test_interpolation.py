@@ -53,7 +53,7 @@ def test_expanded_chooses_as_a_full_sort_of_the_rounded_distances(cloud, centres
     # the farther from the origin, the more centres are within rounding of the third
     points, middle = cloud[::37] + np.float32(offset), centres[::4] + np.float32(offset)
     squared = literal_expanded(points, middle)
-    order = np.argsort(squared, axis=1, kind="stable")[:, :3]
+    order = torch.from_numpy(squared).sort(dim=1).indices[:, :3].numpy()
     indices, weights = nearest_centres(points, middle, "expanded")
     chosen = np.take_along_axis(squared, indices, axis=1)
     assert np.array_equal(chosen, np.take_along_axis(squared, order, axis=1))
@@ -61,6 +61,10 @@ def test_expanded_chooses_as_a_full_sort_of_the_rounded_distances(cloud, centres
     finite = np.isfinite(expected).all(axis=1)
     assert finite.mean() > 0.9
     assert np.array_equal(weights[finite], expected[finite])
+    # equal ones too, of which the published code takes those that this sort puts first
+    assert np.array_equal(indices[finite], order[finite])
+    ascending = np.sort(squared, axis=1)
+    assert (ascending[:, 2] == ascending[:, 3]).any()
 
 
 def test_rounding_shows_near_centres_only(cloud, centres):

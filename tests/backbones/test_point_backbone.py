@@ -115,16 +115,14 @@ def check_tokens(tokens: np.ndarray, expected: dict[str, np.ndarray], mode: str)
 
 
 def check_patches(patches: np.ndarray, expected: dict[str, np.ndarray]) -> None:
-    """Float32 cancellation near a centre differs between matrix products, so the median is compared closely."""
     ours, published = patches[::4, ::128], expected["patch_sub"]
     assert np.array_equal((ours == 0).all(axis=1), (published == 0).all(axis=1))
     covered = (published != 0).any(axis=1)
     error = np.linalg.norm(ours - published, axis=1)[covered] / np.linalg.norm(published, axis=1)[covered]
-    assert np.median(error) < 1e-5
-    assert error.max() < 1e-2
+    assert error.max() < 1e-5
     if "patch_norm" in expected:
         norms = np.linalg.norm(patches, axis=1)
-        np.testing.assert_allclose(norms, expected["patch_norm"], atol=1e-3 * expected["patch_norm"].max())
+        np.testing.assert_allclose(norms, expected["patch_norm"], atol=1e-5 * expected["patch_norm"].max())
 
 
 @pytest.mark.parametrize("size", ["s32_g128", pytest.param("s128_g1024", marks=pytest.mark.slow)])
@@ -135,11 +133,11 @@ def test_published_interpolation(
     expected, probe = golden(f"mae_{size}"), golden("probe_points")["probe_points"]
     (features,) = create(FeatureSpec.point(point_bn="eval", **SETTINGS[size])).extract([golden_sample(0)])
     points = golden_sample(0).xyz.reshape(-1, 3)[features["pixel"]][probe]
-    for form, name, share in (("direct", "interp_exact_probe", 1.0), ("expanded", "interp_probe", 0.98)):
+    for form, name in (("direct", "interp_exact_probe"), ("expanded", "interp_probe")):
         indices, weights = nearest_centres(points, features["centres"], form)  # type: ignore[arg-type]
         values = np.einsum("pk,pkc->pc", weights, features["tokens"][indices][..., ::96])
         error = np.linalg.norm(values - expected[name], axis=1) / np.linalg.norm(expected[name], axis=1)
-        assert np.mean(error < 1e-5) >= share
+        assert error.max() < 1e-5
     kept = features["weights"][probe]
     np.testing.assert_allclose(kept, weights, rtol=1e-5, atol=1e-6)
 
