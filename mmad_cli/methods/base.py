@@ -120,6 +120,14 @@ class Method(Protocol):
 
 
 @runtime_checkable
+class DiskEstimate(Protocol):
+    """What a method offers whose fitted state takes more than a few megabytes."""
+
+    def disk_estimate(self, n_train: int) -> int:
+        """Bytes that `save` writes after fitting on `n_train` samples."""
+
+
+@runtime_checkable
 class ReadsValidation(Protocol):
     """What a method offers when `fit` reads the validation samples in some configurations."""
 

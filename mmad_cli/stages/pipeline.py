@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mmad_cli.errors import DataError, StoreError, UsageError, unknown_name
+from mmad_cli.methods.base import DiskEstimate
 from mmad_cli.stages.checkpoints import check_export, export_state
 from mmad_cli.stages.donors import donor_pool
 from mmad_cli.stages.experts import STAGE as FIT_EXPERTS
@@ -285,9 +286,11 @@ def _plan_results(
         seconds = _method_seconds(session, known, FIT_EXPERTS, prepared, trained, missing * trained)
         yield PlanLine(category, FIT_EXPERTS, 1, missing, 0, 0, seconds)
     missing = int(not store.folder(chain.fit).is_dir())
-    memory = prepared.run.build("cpu").memory_estimate(trained)
+    method = prepared.run.build("cpu")
+    memory = method.memory_estimate(trained)
+    disk = missing * method.disk_estimate(trained) if isinstance(method, DiskEstimate) else 0
     seconds = _method_seconds(session, known, FIT, prepared, trained, missing * trained)
-    yield PlanLine(category, "fit", 1, missing, 0, memory, seconds)
+    yield PlanLine(category, "fit", 1, missing, disk, memory, seconds)
     tested = len(chain.predictions)
     left = sum(not store.has_tensors(artefact) for artefact in chain.predictions.values())
     seconds = _method_seconds(session, known, PREDICT, prepared, trained, left)

@@ -53,6 +53,8 @@ class M3DMConfig(MethodConfig):
     fps_skip_origin: bool = True
     # `floor` shifts the cloud by half a target pixel against image and mask; `center` does not
     xyz_resize: Literal["floor", "center"] = "floor"
+    # of both networks; features are kept in float32
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     max_sample: int = Field(default=400, ge=1)
     # the published loop takes one sample more than `max_sample`
@@ -88,8 +90,9 @@ class M3DMConfig(MethodConfig):
     # `pillow8` goes through 256 levels of the map's own maximum
     blur: Literal["pillow8", "float"] = "pillow8"
 
-    # the samples that decision fusion learns from; those of `train` are in the banks, so their scores are too good
-    dlf_fit: Literal["train", "validation"] = "train"
+    # the samples that decision fusion learns from; those of `train` are in the banks, so their scores are too good.
+    # `fixed`: it learns nothing and takes the weights below once more, for a few samples teach it little
+    dlf_fit: Literal["train", "validation", "fixed"] = "train"
     xyz_s_lambda: float = Field(default=1.0, ge=0)
     rgb_s_lambda: float = Field(default=0.1, ge=0)
     fusion_s_lambda: float = Field(default=1.0, ge=0)

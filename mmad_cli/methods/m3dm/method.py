@@ -110,10 +110,15 @@ class M3DM:
                 fps_skip_origin=config.fps_skip_origin,
                 idw=config.idw,
                 xyz_resize=config.xyz_resize,
+                precision=config.precision,
             )
         if config.parts != ("points",):
             specs["rgb"] = FeatureSpec.timm(
-                config.rgb_backbone, outputs=None, norm=config.rgb_norm, size=config.rgb_size
+                config.rgb_backbone,
+                outputs=None,
+                norm=config.rgb_norm,
+                size=config.rgb_size,
+                precision=config.precision,
             )
         return specs
 
@@ -203,7 +208,10 @@ class M3DM:
         self.banks_ = {}
         for plan in plans:
             self.banks_[plan.name] = fit_bank(plan, self.config, stream, self.device, tell.part(plan.kept))
-        self.fusion_ = self._fit_fusion(weighed, tell.part(len(weighed))) if self.config.needs_decision_fusion else None
+        self.fusion_ = None
+        if self.config.needs_decision_fusion:
+            learns = self.config.dlf_fit != "fixed"
+            self.fusion_ = self._fit_fusion(weighed, tell.part(len(weighed))) if learns else self._fixed_fusion()
 
     def predict(self, sample: SampleFeatures) -> Prediction:
         """Score one sample. Raises RuntimeError before `fit` or `load`."""
@@ -261,19 +269,40 @@ class M3DM:
         """Peak bytes of `fit` beyond the networks: projected rows of the largest bank, or banks with their indices."""
         from mmad_cli.memory import projected_dimension
 
-        n = min(max(n_train, 1), self.config.sample_limit)
-        selecting, kept_bytes, first_kept = 0, 0, 0
-        for name in self.config.parts:
-            patches, channels = self._bank_shape(name)
-            rows = n * patches
-            kept = selection(self.config, rows, first_kept).rows_to_keep(rows)
-            first_kept = first_kept or kept
+        selecting, kept_bytes = 0, 0
+        for rows, kept, channels in self._expected_banks(n_train):
             width = projected_dimension(rows, channels, self.config.coreset_eps) or channels
             selecting = max(selecting, int(_SELECTION_BYTES[self.config.coreset_dtype] * rows * width) + kept_bytes)
             kept_bytes += 4 * kept * channels
         # per pixel: a score of every bank, and the sample weight, order and sign that the one-class machine makes
-        weighing = n * MAP_SIZE**2 * 8 * (len(self.config.parts) + 3) if self.config.needs_decision_fusion else 0
+        learns = self.config.needs_decision_fusion and self.config.dlf_fit != "fixed"
+        samples = min(max(n_train, 1), self.config.sample_limit)
+        weighing = samples * MAP_SIZE**2 * 8 * (len(self.config.parts) + 3) if learns else 0
         return max(selecting, 2 * kept_bytes + weighing) + 256 * _MEBIBYTE
+
+    def disk_estimate(self, n_train: int) -> int:
+        """Bytes of what `save` writes after fitting on `n_train` samples: the rows of the banks, the fusion block."""
+        banks = self._expected_banks(n_train)
+        block = self._block_parameters() if self._fuses and self.config.uff != "concat" else 0
+        return sum(kept * (4 * channels + 8) for _, kept, channels in banks) + 4 * block
+
+    def _expected_banks(self, n_train: int) -> list[tuple[int, int, int]]:
+        """Rows before and after the selection, and channels, of each bank after `n_train` samples."""
+        config, banks, first_kept = self.config, [], 0
+        samples = min(max(n_train, 1), config.sample_limit)
+        for name in config.parts:
+            patches, channels = self._bank_shape(name)
+            rows = patches * (samples if name == "rgb" else min(samples, config.asy_memory_bank or samples))
+            kept = selection(config, rows, first_kept).rows_to_keep(rows)
+            first_kept = first_kept or kept
+            banks.append((rows, kept, channels))
+        return banks
+
+    def _block_parameters(self) -> int:
+        from mmad_cli.methods.m3dm.uff import parameter_count
+
+        point_channels = self._bank_shape("points")[1]
+        return parameter_count(point_channels, self._bank_shape("fused")[1] - point_channels)
 
     # Features
 
@@ -430,7 +459,7 @@ class M3DM:
         return np.asarray(image, dtype=np.float32), maps
 
     def _fusion_samples(self, train: FeatureSet, validation: FeatureSet) -> FeatureSet:
-        if not self.config.needs_decision_fusion:
+        if not self.config.needs_decision_fusion or self.config.dlf_fit == "fixed":
             return Samples([])
         if self.config.dlf_fit == "train":
             if self._learns_from_rounding:
@@ -481,8 +510,14 @@ class M3DM:
             "banks; fixed weights are taken instead. Set dlf_fit=validation or a smaller coreset_fraction",
             stacklevel=4,
         )
-        # what equal distances of all banks would teach it
-        return np.array([weight(name) for name in config.parts])
+        return self._fixed(weight)
+
+    def _fixed_fusion(self) -> DecisionFusion:
+        return DecisionFusion(image=self._fixed(self.config.image_lambda), pixel=self._fixed(self.config.map_lambda))
+
+    def _fixed(self, weight: Callable[[BankName], float]) -> Coefficients:
+        """What decision fusion would learn if the distances of all banks were equal, but for a common factor."""
+        return np.array([weight(name) for name in self.config.parts])
 
 
 def _distinct(rows: FloatArray) -> tuple[Any, Any]:

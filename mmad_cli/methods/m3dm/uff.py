@@ -130,6 +130,12 @@ class _TiledContrast(torch.autograd.Function):
         return for_queries * factor, for_keys * factor, None
 
 
+def parameter_count(point_channels: int, rgb_channels: int) -> int:
+    """Numbers that a network of these widths holds."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in FusionNetwork(point_channels, rgb_channels).parameters())
+
+
 def new_network(point_channels: int, rgb_channels: int, seed: int) -> FusionNetwork:
     """A freshly initialised network (PyTorch's defaults), the same for the same seed."""
     with torch.random.fork_rng(devices=[]):

@@ -16,7 +16,7 @@ from mmad_cli.memory import patch_distances, reweighted_score
 from mmad_cli.memory.search import FlatIndex
 from mmad_cli.methods import build_config, get_method
 from mmad_cli.methods.anomaly_map import blur_pillow8, upsample
-from mmad_cli.methods.base import SharedTraining
+from mmad_cli.methods.base import DiskEstimate, SharedTraining
 from mmad_cli.methods.checks import GeneratedFeatures, GeneratedSample, check_method, generated_sample, make_features
 from mmad_cli.methods.m3dm.banks import BankPlan, Survey, plan_banks, selection
 from mmad_cli.methods.m3dm.config import PARTS, M3DMConfig
@@ -211,6 +211,22 @@ def test_decision_fusion_learns_from_the_validation_split(make_method: Make, fea
     from_train.fit(train, validation, seed=0)
     np.testing.assert_array_equal(fallen_back, from_train.fusion_.image)
     assert not np.array_equal(learned, fallen_back)
+
+
+def test_fixed_weights_learn_nothing(make_method: Make, features_for: Features) -> None:
+    """For a few shots: the weights, with which scores and maps are multiplied before, are taken once more."""
+    settings = {"coreset_fraction": 0.02, "dlf_fit": "fixed", "rgb_s_lambda": 0.2, "xyz_smap_lambda": 3.0}
+    method = make_method("dino+point_mae", **settings)
+    assert not method.needs_validation
+    method.fit(features_for(method, 1), NOTHING, seed=0)
+    np.testing.assert_array_equal(method.fusion_.image, [1.0, 0.2])
+    np.testing.assert_array_equal(method.fusion_.pixel, [3.0, 0.1])
+    (sample,) = features_for(method, 1, "test")
+    points, rgb = method.bank_scores(sample)
+    predicted = method.predict(sample)
+    assert predicted.image_score == pytest.approx(points.image_score + 0.04 * rgb.image_score, rel=1e-6)
+    joined = 9 * points.anomaly_map + 0.01 * rgb.anomaly_map
+    np.testing.assert_allclose(predicted.anomaly_map, joined, rtol=1e-5)
 
 
 def test_full_banks_do_not_lose_the_scores(make_method: Make, features_for: Features) -> None:
@@ -420,6 +436,27 @@ def test_memory_of_244_samples_is_estimated_below_six_gigabytes(make_method: Mak
     assert small.memory_estimate(244) < large.memory_estimate(244)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"coreset_count": "own"}, {"coreset_fraction": 1.0, "dlf_fit": "fixed"}, {"asy_memory_bank": 1}],
+    ids=["chained", "own", "all", "asy"],
+)
+def test_size_of_the_saved_state_is_estimated(
+    make_method: Make, features_for: Features, settings: dict[str, Any]
+) -> None:
+    method = make_method(THREE, **settings)
+    assert isinstance(method, DiskEstimate)
+    method.fit(features_for(method, 2), NOTHING, seed=0)
+    saved = {name: bank.rows_.shape[0] for name, bank in method.banks_.items()}
+    # generated features have fewer channels, so the rows are compared; the zero row is not counted
+    rows = {"points": saved["points"] - 1, "rgb": saved["rgb"], "fused": saved["fused"]}
+    channels = {"points": 1152, "rgb": 768, "fused": 1920}
+    expected = sum(count * (4 * channels[name] + 8) for name, count in rows.items())
+    assert method.disk_estimate(2) == expected
+    network = make_method(THREE, **settings, uff="released")
+    assert network.disk_estimate(2) == expected + 4 * 15_840_896
+
+
 def test_features_of_a_variant(make_method: Make) -> None:
     assert set(make_method("dino").features()) == {"rgb"}
     assert set(make_method("point_mae").features()) == {"points"}
@@ -429,6 +466,9 @@ def test_features_of_a_variant(make_method: Make) -> None:
     assert specs["rgb"].params["outputs"] is None
     assert specs["rgb"].params["size"] == 224
     assert make_method("dino", rgb_size=518).features()["rgb"].params["size"] == 518
+    half = make_method(THREE, precision="bfloat16").features()
+    assert {spec.params["precision"] for spec in specs.values()} == {"float32"}
+    assert {spec.params["precision"] for spec in half.values()} == {"bfloat16"}
     corrected = make_method(THREE, "corrected").features()
     assert corrected["points"].params["xyz_resize"] == "center"
     assert corrected["points"].params["idw"] == "direct"
