@@ -41,6 +41,8 @@ DATA_VARIABLE = "MMAD_DATA"
 SavedMaps = tuple[Mapping[str, FloatArray] | None, Mapping[str, float]]
 # The options of `mmad evaluate` that name a folder which is no dataset
 _FOLDER_OPTIONS = ("--out", "--store")
+# of a run folder, in which the command that made it may have been given
+_FOLDERS_ABOVE = 4
 
 
 def html_report(
@@ -206,7 +208,7 @@ class RunPictures:
     @cached_property
     def _search(self) -> tuple[tuple[Dataset, dict[str, CategorySamples]] | None, str]:
         why = "the dataset that the run was made from is not where it was"
-        for place in [self.data] if self.data is not None else _likely_places(self.session, self.run):
+        for place in [self.data] if self.data is not None else _likely_places(self.session, self.run, self.folder):
             try:
                 return _open_same(self.session, self.run, place), ""
             except MmadError as error:
@@ -254,14 +256,18 @@ def _cropped(clean: Sample, resize: int = 256, crop: int = 224) -> tuple[ByteArr
     return clean.rgb[window(*clean.rgb.shape[:2])], clean.xyz[window(*clean.xyz.shape[:2])]
 
 
-def _likely_places(session: Session, run: RunResult) -> Iterator[Path]:
-    """Where the dataset of a run may be: named on its command line, in the environment, made by ourselves."""
+def _likely_places(session: Session, run: RunResult, folder: Path) -> Iterator[Path]:
+    """Where the dataset of a run may be: named on its command line, in the environment, made by ourselves.
+
+    A relative path is looked for from here, and from the folders above the run, one of which the command most likely
+    ran in.
+    """
     arguments = list(run.argv)
+    bases = (Path(), *list(folder.resolve().parents)[:_FOLDERS_ABOVE])
     for before, text in zip(["", *arguments], arguments, strict=False):
         if text.startswith("-") or before in _FOLDER_OPTIONS:
             continue
-        if os.sep in text or Path(text).is_dir():
-            yield Path(text)
+        yield from (place for place in dict.fromkeys(base / text for base in bases) if place.exists())
     if os.environ.get(DATA_VARIABLE):
         yield Path(os.environ[DATA_VARIABLE])
     if run.dataset.name == "synthetic":

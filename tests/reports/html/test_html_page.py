@@ -225,6 +225,11 @@ def test_a_moved_dataset_is_found_on_the_command_line_of_the_run(evaluated):
     result.argv = ["mmad", "evaluate", str(data), "--out", str(folder)]
     result.to_disk(folder)
     assert pictures.run_input(session, folder).notes == []
+    # a relative path, given in another folder than this one: looked for above the run
+    result.argv = ["mmad", "evaluate", str(data.relative_to(folder.parent.parent)), "--method", "btf"]
+    result.to_disk(folder)
+    assert folder.parent.parent in folder.parents and not Path(result.argv[2]).exists()
+    assert pictures.run_input(session, folder).notes == []
 
 
 def test_saved_maps_and_scans_without_a_store(evaluated, tmp_path):
