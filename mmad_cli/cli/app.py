@@ -17,6 +17,7 @@ from mmad_cli.cli import (
     fit,
     listing,
     preprocess,
+    pretrain,
     report,
     show,
     synth,
@@ -57,6 +58,7 @@ app.command("show")(show.show)
 app.add_typer(listing.app, name="list")
 app.add_typer(weights.app, name="weights")
 app.add_typer(cache.app, name="cache")
+app.command("pretrain")(pretrain.pretrain)
 app.command("doctor")(doctor.doctor)
 
 

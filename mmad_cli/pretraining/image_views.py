@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from mmad_cli.pretraining.images import canvas
-
 # a pixel is altered where a channel changed by more than this
 _VISIBLE = 0.03
 
@@ -27,11 +25,6 @@ class ImageViews:
     altered: torch.Tensor
     place: torch.Tensor
     cover: torch.Tensor
-
-
-def canvases(seed: int, first: int, count: int, size: int) -> list[torch.Tensor]:
-    """Canvases number `first` to `first + count - 1` of the endless sequence that belongs to `seed`."""
-    return [torch.from_numpy(canvas(np.random.default_rng([seed, 1, i]), size)) for i in range(first, first + count)]
 
 
 def image_views(images: torch.Tensor, crops: int, crop: int, token: int, generator: torch.Generator) -> ImageViews:

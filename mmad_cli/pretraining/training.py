@@ -26,7 +26,7 @@ from mmad_cli.pretraining.config import HERE, Network, PointsConfig, RgbConfig, 
 LOG_FIELDS = ("step", "loss", "separation")
 _CHECKPOINT = "checkpoint.safetensors"
 _LOG = "log.csv"
-_CHECKPOINT_SECONDS = 120.0
+_CHECKPOINT_SECONDS = 30.0
 _GRADIENT_LIMIT = 1.0
 # a loss is as logged within this, relative, at the first step and growing with each: rounding differs by processor
 _TOLERANCE = 1e-4
@@ -87,7 +87,7 @@ def train(
     """Train from the start or from the checkpoint in `folder`; returns the network and the log of all steps.
 
     `stop`: end after so many steps of the schedule; `tell` is called with (steps done, steps in all). With a folder
-    the log is kept as `log.csv` and the state as a checkpoint, every two minutes and at the end; a checkpoint of
+    the log is kept as `log.csv` and the state as a checkpoint, every half minute and at the end; a checkpoint of
     another configuration is not taken.
     """
     network = initial(what, config.seed).to(device).train()

@@ -32,7 +32,7 @@ class G2SFConfig(MethodConfig):
     rgb_size: int = Field(default=224, ge=8)
     # `model`: the constants that the network was trained with
     rgb_norm: Literal["imagenet", "model"] = "imagenet"
-    point_backbone: Literal["point_mae", "point_bert"] = "point_mae"
+    point_backbone: Literal["point_mae", "point_bert", "builtin_points"] = "point_mae"
     groups: int = Field(default=512, ge=3)
     group_size: int = Field(default=128, ge=1)
     point_bn: Literal["batch", "eval"] = "batch"

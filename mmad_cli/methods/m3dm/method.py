@@ -573,6 +573,8 @@ DEFINITION = MethodDefinition(
     },
     protocol="m3dm",
     recipes={"official": {}, "corrected": CORRECTED},
+    # the published fusion block takes the widths of the published networks
+    builtin={"uff": "concat"},
     source="arXiv 2303.00601",
     libraries=("numpy", "scipy", "scikit-learn", "torch", "faiss", "pillow"),
     notes=(
