@@ -13,8 +13,8 @@ $(STAMP): pyproject.toml constraints.txt tools/environment.sh mmad_cli/_version.
 	bash tools/environment.sh $(VENV)
 	touch $@
 
-demo: $(STAMP)  ## one method on the default synthetic dataset: table on screen, run under runs/
-	$(BIN)/mmad evaluate --method btf --variant fpfh --save-maps
+demo: $(STAMP)  ## M3DM with the built-in backbones on the default synthetic dataset: table on screen, run under runs/
+	$(BIN)/mmad evaluate --method m3dm --backbones builtin --save-maps
 
 test: $(STAMP)  ## the whole test suite, on all cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal

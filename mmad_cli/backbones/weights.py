@@ -133,8 +133,10 @@ def list_weights() -> list[WeightsStatus]:
 
 def verify(name: str | None = None) -> list[WeightsStatus]:
     """State with every digest computed afresh; all weights that are here, or one name."""
-    names = [name] if name is not None else [n for n in _all_names() if _folder(n).joinpath(RECORD_FILE).exists()]
-    return [_status(n, digests=True) for n in names]
+    if name is not None:
+        return [_status(name, digests=True)]
+    here = (n for n in _all_names() if is_builtin(n) or _folder(n).joinpath(RECORD_FILE).exists())
+    return [_status(n, digests=True) for n in here]
 
 
 def resolve(name: str) -> WeightsRecord:

@@ -66,7 +66,7 @@ def extract(
     from mmad_cli.methods import build, build_config, get_method, parse_settings
     from mmad_cli.stages import pipeline
     from mmad_cli.stages.plan import Selection
-    from mmad_cli.stages.request import backbone_settings, preprocess_config
+    from mmad_cli.stages.request import backbone_settings, preprocess_config, require_builtin
 
     if (method is None) == (backbone is None):
         raise UsageError("give either --method or --backbone")
@@ -74,7 +74,10 @@ def extract(
     if method is not None:
         definition = get_method(method)
         values = {**backbone_settings(definition, backbones), **values}
-        specs = build(definition, build_config(definition, variant, recipe, values)).features()
+        config = build_config(definition, variant, recipe, values)
+        specs = build(definition, config).features()
+        if backbones == "builtin":
+            require_builtin(f"{definition.name} {config.variant}", specs)
         default_protocol: str = definition.protocol
     else:
         if backbones != "paper":

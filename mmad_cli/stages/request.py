@@ -12,6 +12,7 @@ from mmad_cli.stages.plan import MethodRun, Selection, choose_categories
 from mmad_cli.stages.session import Session
 
 if TYPE_CHECKING:
+    from mmad_cli.backbones.specs import FeatureSpec
     from mmad_cli.backbones.weights import WeightsRecord
     from mmad_cli.datasets.base import Dataset
     from mmad_cli.methods.base import Method, MethodDefinition
@@ -74,6 +75,8 @@ def prepare(session: Session, request: EvaluateRequest) -> Prepared:
     dataset = open_dataset(request.data)
     categories = choose_categories(dataset, request.selection.categories)
     specs = method.features()
+    if request.backbones == "builtin":
+        require_builtin(f"{definition.name} {config.variant}", specs)
     require_modalities(dataset, (spec.input for spec in specs.values()), f"{definition.name} {config.variant}")
     dataset = as_read_by(method, dataset)
     own_weights = tuple(method.weights_names()) if isinstance(method, OwnWeights) else ()
@@ -119,6 +122,14 @@ def backbone_settings(definition: MethodDefinition, backbones: str) -> dict[str,
     if not networks:
         raise UsageError(f"--backbones builtin: {definition.name} has no backbone to choose; leave the option out")
     return {**networks, **definition.builtin}
+
+
+def require_builtin(what: str, specs: Mapping[str, FeatureSpec]) -> None:
+    """Raises UsageError where `--backbones builtin` would change nothing: no feature is a built-in network's."""
+    from mmad_cli.backbones.builtin import is_builtin
+
+    if not any(is_builtin(name) for spec in specs.values() for name in spec.weights_names()):
+        raise UsageError(f"--backbones builtin: {what} reads no network that it could replace; leave the option out")
 
 
 def preprocess_config(protocol: str, settings: Mapping[str, Any]) -> PreprocessConfig:

@@ -15,6 +15,7 @@ from safetensors.torch import save, save_file
 
 from mmad_cli.backbones import _download, weights
 from mmad_cli.backbones._point_checkpoints import uff_shapes
+from mmad_cli.backbones.builtin import NAMES
 from mmad_cli.backbones.weights import WeightsError, fetch, import_file, list_weights, resolve, verify
 from mmad_cli.errors import UsageError
 
@@ -120,8 +121,9 @@ def test_weights_without_an_address_are_import_only() -> None:
 def test_list_says_missing() -> None:
     states = {status.name: status.state for status in list_weights()}
     assert set(states) == set(weights.known_names())
-    assert set(states.values()) == {"missing"}
-    assert verify() == []
+    assert {name for name, state in states.items() if state == "ready"} == set(NAMES)
+    assert {state for name, state in states.items() if name not in NAMES} == {"missing"}
+    assert {status.name for status in verify()} == set(NAMES)
 
 
 # import
@@ -268,7 +270,7 @@ def test_file_put_into_the_folder_is_taken(weights_folder: Path, body: bytes) ->
 
 def test_verify_finds_changed_bytes(tmp_path: Path, state: dict[str, Any]) -> None:
     record = import_file(MODEL, _write(tmp_path / "a.safetensors", state))
-    assert [status.state for status in verify()] == ["ready"]
+    assert {status.name: status.state for status in verify()} == dict.fromkeys((MODEL, *NAMES), "ready")
     data = bytearray(record.path.read_bytes())
     data[-1] ^= 1
     record.path.write_bytes(data)
