@@ -25,9 +25,7 @@ def small(tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("network", SMALL)
-def test_weights_of_ones_own_take_the_place_of_the_shipped_ones(
-    network: str, mmad: Any, small: dict[str, Path]
-) -> None:
+def test_own_weights_take_the_place_of_the_shipped_ones(network: str, mmad: Any, small: dict[str, Path]) -> None:
     ended = mmad("pretrain", network, "--config", small[network], "--state", "state", "--output", "own.safetensors")
     assert ended.code == 0, ended.err
     assert ended.out == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from pathlib import Path
@@ -106,7 +107,7 @@ def test_schedule() -> None:
     # the straight line begins 20 steps before the end
     assert rates[80] == pytest.approx(0.5 * (1 + math.cos(math.pi * 70 / 90)))
     assert rates[90] == pytest.approx(0.25 * (1 + math.cos(math.pi * 80 / 90)))
-    assert all(later <= sooner for sooner, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later <= sooner for sooner, later in itertools.pairwise(rates[10:]))
 
 
 def test_steps_draw_from_streams_of_their_own() -> None:
