@@ -113,19 +113,20 @@ def evaluate(
 
     Example: mmad evaluate --method btf --variant fpfh --shots 5 --seed 0 --seed 1 --seed 2
     """
+    from dataclasses import replace
+
     from mmad_cli.methods import parse_settings
     from mmad_cli.stages.default_data import default_dataset
     from mmad_cli.stages.evaluate import evaluate as run_stage
     from mmad_cli.stages.pipeline import plan
     from mmad_cli.stages.plan import Selection
-    from mmad_cli.stages.request import EvaluateRequest
+    from mmad_cli.stages.request import EvaluateRequest, check_without_data, prepare
 
     combinations = _combinations(method, variant or [], seed or [0])
     with ConsoleReporter() as reporter, open_session(reporter, store, workers, device) as session:
-        folder = data if data is not None else default_dataset(session)
         requests = [
             EvaluateRequest(
-                data=folder,
+                data=data or Path(),
                 method=chosen.method,
                 variant=chosen.variant,
                 recipe=recipe,
@@ -144,6 +145,16 @@ def evaluate(
             )
             for chosen in combinations
         ]
+        if data is None:
+            # the default dataset takes a minute to render: not for a misspelt name
+            for request in requests:
+                check_without_data(request)
+            folder = default_dataset(session)
+            requests = [replace(request, data=folder) for request in requests]
+        if len(requests) > 1:
+            # nor shall the last of several runs be refused when the others are done
+            for request in requests:
+                prepare(session, request)
         if dry_run:
             lines = [(request, line) for request in requests for line in plan(session, request)]
             _show_plan(lines, json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mmad_cli.errors import UsageError, unknown_name
 from mmad_cli.stages.plan import MethodRun, Selection, choose_categories
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mmad_cli.backbones.specs import FeatureSpec
     from mmad_cli.backbones.weights import WeightsRecord
     from mmad_cli.datasets.base import Dataset
-    from mmad_cli.methods.base import Method, MethodDefinition
+    from mmad_cli.methods.base import Method, MethodConfig, MethodDefinition
     from mmad_cli.preprocessing.config import PreprocessConfig
 
 BACKBONES = ("paper", "builtin")
@@ -56,12 +56,18 @@ class Prepared:
     preprocessing: PreprocessConfig
 
 
-def prepare(session: Session, request: EvaluateRequest) -> Prepared:
-    """Check method, variant, fields, weights, dataset and categories. Raises errors with exit code 2."""
-    from mmad_cli.datasets import open_dataset
-    from mmad_cli.datasets.base import require_modalities
+class Configured(NamedTuple):
+    """The method of a request with its configuration and preprocessing; needs no dataset."""
+
+    definition: MethodDefinition
+    config: MethodConfig
+    method: Method
+    preprocessing: PreprocessConfig
+
+
+def configure(request: EvaluateRequest) -> Configured:
+    """Check method, variant, recipe, fields and protocol. Raises UsageError."""
     from mmad_cli.methods import build, build_config, get_method
-    from mmad_cli.methods.base import OwnWeights, ReadsValidation
 
     definition = get_method(request.method)
     settings = {**backbone_settings(definition, request.backbones), **request.settings}
@@ -72,6 +78,23 @@ def prepare(session: Session, request: EvaluateRequest) -> Prepared:
             f"--full-resolution: {definition.name} scores a crop of the image here; "
             "add --set view=resize or leave --full-resolution out"
         )
+    preprocessing = preprocess_config(request.protocol or definition.protocol, request.preprocessing)
+    return Configured(definition, config, method, preprocessing)
+
+
+def check_without_data(request: EvaluateRequest) -> None:
+    """Refuse all bad input that can be told without the dataset, weights included, while nothing is rendered yet."""
+    method = configure(request).method
+    _weights(method.features(), _own_weights(method))
+
+
+def prepare(session: Session, request: EvaluateRequest) -> Prepared:
+    """Check method, variant, fields, weights, dataset and categories. Raises errors with exit code 2."""
+    from mmad_cli.datasets import open_dataset
+    from mmad_cli.datasets.base import require_modalities
+    from mmad_cli.methods.base import ReadsValidation
+
+    definition, config, method, preprocessing = configure(request)
     dataset = open_dataset(request.data)
     categories = choose_categories(dataset, request.selection.categories)
     specs = method.features()
@@ -79,7 +102,7 @@ def prepare(session: Session, request: EvaluateRequest) -> Prepared:
         require_builtin(f"{definition.name} {config.variant}", specs)
     require_modalities(dataset, (spec.input for spec in specs.values()), f"{definition.name} {config.variant}")
     dataset = as_read_by(method, dataset)
-    own_weights = tuple(method.weights_names()) if isinstance(method, OwnWeights) else ()
+    own_weights = _own_weights(method)
     records = _weights(specs, own_weights)
     run = MethodRun(
         definition,
@@ -92,8 +115,13 @@ def prepare(session: Session, request: EvaluateRequest) -> Prepared:
         scores_validation=request.score_validation,
         checkpoints=_checkpoint_folder(request.checkpoints),
     )
-    preprocessing = preprocess_config(request.protocol or definition.protocol, request.preprocessing)
     return Prepared(request, dataset, categories, run, records, preprocessing)
+
+
+def _own_weights(method: Method) -> tuple[str, ...]:
+    from mmad_cli.methods.base import OwnWeights
+
+    return tuple(method.weights_names()) if isinstance(method, OwnWeights) else ()
 
 
 def as_read_by(method: Method, dataset: Dataset) -> Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -385,3 +386,20 @@ def test_an_unforeseen_error_in_one_scan_costs_that_scan_only(
     assert "out of luck" in report["failures"]["train/good/002"]
     assert "train/good/xyz/002.tiff" in report["failures"]["train/good/002"]
     assert report["computed"] == report["total"] - 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("btff",), ("btf", "--variant", "fpf"), ("btf", "--set", "blurr=1"), ("m3dm",), ("btf", "--method", "x")],
+)
+def test_wrong_usage_is_told_before_the_default_dataset_is_rendered(mmad, monkeypatch, options):
+    monkeypatch.delenv("MMAD_DATA", raising=False)
+    ended = mmad("evaluate", "--method", *options)
+    assert ended.code == 2 and "rendering" not in ended.err and "synthetic dataset" not in ended.err
+    assert not list(Path(os.environ["MMAD_STORE"]).glob("datasets/*/*"))
+
+
+def test_the_last_of_several_runs_is_refused_before_the_first_is_made(mmad, tiny_dataset):
+    ended = mmad("evaluate", tiny_dataset, "--method", "btf", "--method", "m3dm", "--device", "cpu", "--workers", "1")
+    assert ended.code == 2 and "weights are missing" in ended.err
+    assert not Path("runs").exists() and not list(Path(os.environ["MMAD_STORE"]).glob("preprocess/*"))
