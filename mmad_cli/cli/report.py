@@ -42,7 +42,8 @@ def report(
         typer.Option(
             "--against",
             metavar="REF",
-            help="Compare with published numbers (`mmad list references`), a run, or a JSON file.",
+            help="Compare with published numbers (`mmad list references`), a run, or a JSON file. Of runs that are not "
+            "named, those that the numbers are for.",
             show_default=False,
         ),
     ] = None,
@@ -153,7 +154,8 @@ def report(
     results = _load(runs or [])
     comparisons = []
     if against is not None:
-        comparisons = _compare(results, against, _tolerances(tolerance or [], config), metrics, category)
+        compared = results if runs else _runs_about(against, results)
+        comparisons = _compare(compared, against, _tolerances(tolerance or [], config), metrics, category)
     if update_reference is not None:
         _update(results, update_reference, metrics, category)
     if format == HTML:
@@ -292,6 +294,17 @@ def _tolerances(texts: list[str], config: Path | None) -> Tolerances:
     if file is not None:
         print_err(f"tolerances: {file}")
     return parse_tolerances(texts, base=None if file is None else read_tolerances(file))
+
+
+def _runs_about(against: str, results: list[RunResult]) -> list[RunResult]:
+    """Of runs that nobody named, those that a published table is about; all where it is about none."""
+    from mmad_cli.results.reference import is_about
+
+    about = [run for run in results if is_about(against, run)]
+    if 0 < len(about) < len(results):
+        others = ", ".join(run.run_id for run in results if not is_about(against, run))
+        print_err(f"not compared: {others}; {against} is for another method, variant or dataset")
+    return about or results
 
 
 def _compare(

@@ -250,6 +250,17 @@ def _unknown_reference(name: str, known: Mapping[str, Reference], option: str = 
     return unknown_name(what, name, [*known, *groups] if near else groups, option)
 
 
+def is_about(name: str, run: RunResult) -> bool:
+    """Whether published rows are of the method, variant and dataset of a run; true for all but published rows."""
+    rows = [r for r in list_references() if r.name == name or r.name.startswith(f"{name}:")]
+    return not rows or any(
+        fold(row.method) == fold(run.method.name)
+        and (not row.variants or fold(run.method.variant) in map(fold, row.variants))
+        and _same_dataset(row.dataset, run.dataset.name)
+        for row in rows
+    )
+
+
 def _select(name: str, candidates: list[Reference], run: RunResult) -> Reference:
     """The one candidate that fits the run: method and variant must, the rest decides between several."""
     variant, method = fold(run.method.variant), fold(run.method.name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -152,21 +151,6 @@ def test_a_reference_is_of_one_run(mmad: Any, run: Path) -> None:
     assert ended.code == 2 and "needs one run, got 2" in ended.err and not Path("x.json").exists()
 
 
-def test_the_report_steps_of_the_workflow_work(mmad: Any, run: Path) -> None:
-    """Every `mmad report` of docs/ci.md's workflow, on a run and a reference where it expects them."""
-    run.rename("runs/ci")
-    Path("reference").mkdir()
-    Path("reference.json").rename("reference/btf-fpfh.json")
-    workflow = (DOCS / "ci.md").read_text().partition("```yaml")[2].partition("```")[0]
-    steps = re.findall(r"run: mmad (report .*)", workflow)
-    assert len(steps) == 3
-    for step in steps:
-        ended = mmad(*shlex.split(step))
-        assert ended.code == 0, ended.err
-    uploaded = workflow.partition("path: |")[2].split()
-    assert uploaded and all(Path(path).exists() for path in uploaded)
-
-
 def test_the_committed_gate_is_sound() -> None:
     """Its reference and tolerances can be read, and it checks every metric of both categories and the mean."""
     from mmad_cli.results.metric_names import METRICS
@@ -178,3 +162,15 @@ def test_the_committed_gate_is_sound() -> None:
     assert set(table.rows) == {"flange", "hose"}
     assert all(set(row) == set(METRICS) for row in (*table.rows.values(), table.mean))
     assert read_tolerances(folder / "mmad.toml").default <= 0.005
+
+
+def test_of_runs_that_are_not_named_those_that_print_is_about_are_compared(mmad: Any, finished_runs: Path) -> None:
+    file = finished_runs / "whole" / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["dataset"]["name"] = "mvtec3d"
+    file.write_text(json.dumps(summary))
+    ended = mmad("report", "--against", "btf-readme")
+    assert ended.code == 3 and ended.out.count(" against btf-readme:raw") == 1
+    assert "not compared: " in ended.err and "btf-readme is for another method, variant or dataset" in ended.err
+    # one that is named is compared whatever it is
+    assert " against btf-readme:raw" in mmad("report", "runs/few-0", "--against", "btf-readme:raw:raw").out

@@ -8,6 +8,7 @@ from mmad_cli.errors import DataError, UsageError
 from mmad_cli.results.metric_names import METRICS
 from mmad_cli.results.reference import (
     DATASET_CATEGORIES,
+    is_about,
     list_references,
     match_category,
     mismatches,
@@ -209,3 +210,18 @@ def test_ambiguous_category_names_need_the_exact_spelling():
 def test_metric_names_are_those_of_the_metrics_room():
     metrics = pytest.importorskip("mmad_cli.metrics")
     assert tuple(METRICS) == metrics.METRIC_KEYS + metrics.VALIDATION_KEYS
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("btf-readme", {}, True),
+        ("btf-readme:fpfh", {}, True),
+        ("btf-readme:raw", {}, False),
+        ("btf-readme", {"dataset": "synthetic"}, False),
+        ("btf-readme", {"method": "m3dm", "variant": "dino"}, False),
+        ("a-file.json", {"dataset": "synthetic"}, True),
+    ],
+)
+def test_which_runs_published_rows_are_about(make_run, name, options, expected):
+    assert is_about(name, make_run(**options)) is expected
