@@ -130,6 +130,9 @@ class CategoryResult(_Model):
     bank: dict[str, BankInfo] = Field(default_factory=dict)
     seconds: dict[str, FiniteFloat] = Field(default_factory=dict)
     peak_rss_bytes: int | None = None
+    peak_rss_bytes_by_stage: dict[str, int] = Field(
+        default_factory=dict, description="largest resident set of the main process while a stage ran"
+    )
     peak_vram_bytes: int | None = None
     training: dict[str, list[FiniteFloat]] = Field(
         default_factory=dict, description="mean loss per epoch, by name; empty for methods without training"

@@ -18,6 +18,7 @@ from mmad_cli.results.schema import (
     RunResult,
 )
 from mmad_cli.stages.experts import forget_experts
+from mmad_cli.stages.peak_memory import PeakMemory, peak_rss
 from mmad_cli.stages.plan import (
     CategoryPlan,
     CategorySamples,
@@ -26,7 +27,7 @@ from mmad_cli.stages.plan import (
 )
 from mmad_cli.stages.predict import fitted_method, predictions, read_prediction
 from mmad_cli.stages.preprocess import StageReport, extract_category, preprocess_category
-from mmad_cli.stages.provenance import device_name, peak_rss, peak_vram, start_run
+from mmad_cli.stages.provenance import device_name, peak_vram, start_run
 from mmad_cli.stages.request import EvaluateRequest, Prepared, prepare
 from mmad_cli.stages.session import Session
 from mmad_cli.stages.shared import SharedPlan, plan_shared, train_shared
@@ -202,6 +203,7 @@ def _compute_category(
         bank={name: BankInfo(**size) for name, size in info["banks"].items()},
         seconds=clock.seconds,
         peak_rss_bytes=peak_rss(),
+        peak_rss_bytes_by_stage=clock.peaks,
         peak_vram_bytes=peak_vram(),
         training=info.get("losses", {}),
         sample_notes={
@@ -328,19 +330,26 @@ def _keep_history(session: Session, result: RunResult, folder: Path, *, force: b
 
 
 class _Clock:
-    """Wall seconds per stage."""
+    """Wall seconds and peak memory per stage."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
         self._stage = ""
         self._start = 0.0
+        self._memory = PeakMemory()
 
     def __call__(self, stage: str) -> _Clock:
         self._stage = stage
         return self
 
     def __enter__(self) -> None:
+        self._memory = PeakMemory()
+        self._memory.__enter__()
         self._start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
         self.seconds[self._stage] = round(time.perf_counter() - self._start, 3)
+        self._memory.__exit__()
+        if self._memory.bytes is not None:
+            self.peaks[self._stage] = self._memory.bytes

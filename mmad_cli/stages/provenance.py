@@ -176,18 +176,6 @@ def device_name(session: Session) -> str:
     return f"cuda ({torch.cuda.get_device_name()})"
 
 
-def peak_rss() -> int | None:
-    """Largest resident set of this process so far, in bytes."""
-    try:
-        import resource
-    except ImportError:
-        # not on Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # kilobytes on Linux, bytes on macOS
-    return int(peak if sys.platform == "darwin" else peak * 1024)
-
-
 def peak_vram() -> int | None:
     """Largest GPU memory taken so far, in bytes; None without torch or without a GPU."""
     if "torch" not in sys.modules:

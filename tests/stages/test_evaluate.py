@@ -62,6 +62,9 @@ def test_a_run_holds_what_the_contract_says(tiny_dataset: Path, tmp_path: Path) 
     assert category["bank"] == {"patches": {"rows": int(0.1 * 784 * 4), "dim": 64}}
     assert set(category["seconds"]) == {"preprocess", "extract", "fit", "predict", "metrics"}
     assert category["peak_rss_bytes"] > 10**7
+    assert set(category["peak_rss_bytes_by_stage"]) == set(category["seconds"])
+    peaks = category["peak_rss_bytes_by_stage"].values()
+    assert all(10**7 < size <= 1.05 * category["peak_rss_bytes"] for size in peaks)
     assert all(value is None or 0 <= value <= 1 for value in category["metrics"].values())
     rows = read_scores(folder / "block" / "scores.csv")
     assert [row.id for row in rows] == [f"test/{d}/{i:03d}" for d in ("dent", "good") for i in range(2)]

@@ -239,7 +239,32 @@ def _costs_of_run(index: int, run: RunResult, label: str) -> str:
         rows=(),
         subtitle="seconds per stage, as when it was computed; what the store had already took no time",
     )
-    return _framed(section, element("div", _table(header, rows, len(done)), {"data-costs": index}), "h3")
+    table = element("div", _table(header, rows, len(done)), {"data-costs": index})
+    return _framed(section, table, "h3") + _memory_of_run(section.title, done)
+
+
+def _memory_of_run(title: str, done: Mapping[str, CategoryResult]) -> str:
+    """Peak memory per stage; empty for runs that did not record it."""
+    stages = list(dict.fromkeys(stage for result in done.values() for stage in result.peak_rss_bytes_by_stage))
+    if not stages:
+        return ""
+    rows = [
+        text_element("th", name, scope="row", class_="text")
+        + "".join(_memory_cell(result.peak_rss_bytes_by_stage.get(stage)) for stage in stages)
+        for name, result in done.items()
+    ]
+    section = Section(
+        title=f"{title}: memory",
+        header=("category", *stages),
+        rows=(),
+        subtitle="largest resident set of the main process while a stage ran, the libraries included; "
+        "worker processes are not counted",
+    )
+    return _framed(section, _table(section.header, rows), "h3")
+
+
+def _memory_cell(size: int | None) -> str:
+    return text_element("td", "" if size is None else f"{size / _MEBIBYTE:,.0f} MiB", data_value=size)
 
 
 def _cost_cells(name: str, result: CategoryResult, stages: Sequence[str], gpu: bool) -> Iterable[str]:
@@ -250,7 +275,7 @@ def _cost_cells(name: str, result: CategoryResult, stages: Sequence[str], gpu: b
     total = sum(result.seconds.values())
     yield text_element("td", _seconds(total), data_value=total)
     for size in (result.peak_rss_bytes, *([result.peak_vram_bytes] if gpu else [])):
-        yield text_element("td", "" if size is None else f"{size / _MEBIBYTE:,.0f} MiB", data_value=size)
+        yield _memory_cell(size)
     banks = ", ".join(f"{bank}: {size.rows:,} × {size.dim}" for bank, size in result.bank.items())
     yield text_element("td", banks, class_="text")
 

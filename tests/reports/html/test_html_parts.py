@@ -20,7 +20,7 @@ from mmad_cli.reports.html.curves import (
     thin,
 )
 from mmad_cli.reports.html.markup import clean_text, data_block, script_json, text_element
-from mmad_cli.reports.html.tables import deviation, expected, fitting_references, reference_data
+from mmad_cli.reports.html.tables import costs_html, deviation, expected, fitting_references, reference_data
 from mmad_cli.results.schema import CategoryResult
 
 
@@ -263,3 +263,10 @@ def test_deviations(metric, value, kind):
 
 def test_no_deviation_without_a_published_number():
     assert deviation("i_auroc", 0.5, None) == ("", "")
+
+
+def test_memory_per_stage_has_a_table_of_its_own(run):
+    assert "memory</h3>" not in costs_html([run], ["x"])
+    run.categories["bagel"].peak_rss_bytes_by_stage = {"fit": 300 * 2**20, "predict": 100 * 2**20}
+    page = costs_html([run], ["x"])
+    assert ": memory</h3>" in page and page.count("300 MiB") == page.count("100 MiB") == 1
