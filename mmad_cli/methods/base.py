@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from mmad_cli.types import FloatArray
 
@@ -38,6 +38,15 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     variant: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_as_a_word(cls, data: Any) -> Any:
+        """`--set name=none` reads as no value; for a switch that knows the word it is the word."""
+        if not isinstance(data, dict):
+            return data
+        words = {name for name, field in cls.model_fields.items() if "none" in get_args(field.annotation)}
+        return {name: "none" if value is None and name in words else value for name, value in data.items()}
 
 
 class SampleFeatures(Protocol):

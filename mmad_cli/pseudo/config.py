@@ -46,6 +46,12 @@ class Augmentation(BaseModel):
     hole_probability: Probability = 0.0
     limit: int | None = Field(default=None, ge=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _none_as_a_word(cls, data: Any) -> Any:
+        """`--set pose=none` reads as no value."""
+        return {**data, "pose": "none"} if isinstance(data, dict) and data.get("pose", "") is None else data
+
     @model_validator(mode="after")
     def _shares(self) -> Augmentation:
         if self.bump_probability + self.hole_probability > 1:

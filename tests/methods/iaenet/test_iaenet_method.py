@@ -265,6 +265,15 @@ class TestConfiguration:
         with pytest.raises(UsageError, match=message):
             build_config(get_method("iaenet"), variant, "official", settings)
 
+    def test_the_word_none_can_be_set(self) -> None:
+        """It reads as no value, which these switches do not have."""
+        from mmad_cli.methods import parse_settings
+
+        settings = parse_settings(["pose=none", "normaliser=none", "rgb_outputs=none"])
+        config = build_config(get_method("iaenet"), None, "official", settings)
+        assert isinstance(config, IAENetConfig)
+        assert (config.pose, config.normaliser, config.rgb_outputs) == ("none", "none", None)
+
     def test_it_is_called_a_re_design_and_has_no_row_of_a_paper(self) -> None:
         from mmad_cli.results.reference import list_references
 
