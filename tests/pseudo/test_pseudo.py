@@ -296,6 +296,8 @@ class TestPseudoAnomaly:
             pseudo_anomaly(scan(xyz=np.zeros((SIDE, SIDE, 3), np.float32)), Augmentation(), [donor()])
 
     def test_settings_are_checked(self) -> None:
+        # the word on the command line reads as no value
+        assert Augmentation.model_validate({"pose": None}).pose == "none"
         with pytest.raises(ValueError, match="must not exceed 1"):
             Augmentation(bump_probability=0.7, hole_probability=0.5)
 
