@@ -125,13 +125,25 @@ def test_tokens_consist_of_parts_of_length_one() -> None:
     tokens = tokens_of(shipped("builtin_points"), points, farthest_points(points, 64))
     torch.testing.assert_close(tokens.view(64, 3, 96).norm(dim=-1), torch.ones(64, 3))
     images = torch.rand(2, 3, 56, 72, generator=torch.Generator().manual_seed(0))
-    patches = shipped("builtin_rgb").forward_features(images)
-    assert patches.shape == (2, 7 * 9, 192)
-    torch.testing.assert_close(patches.view(2, 63, 2, 96).norm(dim=-1), torch.ones(2, 63, 2))
+    fine, coarse = shipped("builtin_rgb").halves(images)
+    for half in (fine, coarse):
+        assert half.shape == (2, 8, 10, 96)
+        torch.testing.assert_close(half.norm(dim=-1), torch.ones(2, 8, 10))
+
+
+def test_a_token_is_the_root_of_the_averaged_map() -> None:
+    network = shipped("builtin_rgb")
+    images = torch.rand(2, 3, 56, 72, generator=torch.Generator().manual_seed(0))
+    tokens = network.forward_features(images)
+    assert tokens.shape == (2, 7 * 9, 32)
+    quarter = network.maps(images)[1]
+    for row, column in ((0, 0), (3, 5), (6, 8)):
+        block = quarter[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        torch.testing.assert_close(tokens[:, 9 * row + column] ** 2, block.mean(dim=(2, 3)))
 
 
 SPECS = {
-    "tokens": (FeatureSpec.timm("builtin_rgb"), {"tokens": (784, 192)}),
+    "tokens": (FeatureSpec.timm("builtin_rgb"), {"tokens": (784, 32)}),
     "maps": (FeatureSpec.timm("builtin_rgb", outputs=[2, 3]), {"out2": (64, 28, 28), "out3": (128, 14, 14)}),
     "crop": (FeatureSpec.timm("builtin_rgb", view="crop", outputs=[2]), {"out2": (64, 28, 28)}),
     "points": (FeatureSpec.point("builtin_points", groups=128), {"tokens": (128, 288), "centres": (128, 3)}),

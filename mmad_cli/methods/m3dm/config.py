@@ -180,3 +180,21 @@ CORRECTED: dict[str, Any] = {
     "uff_recipe": "corrected",
     "uff_temperature": 0.1,
 }
+# with the built-in backbones: the published fusion block does not fit them, and what banks share is scaled to the
+# published networks, so each bank has its own normalisation and size, and weights are learned from unseen samples
+BUILTIN: dict[str, Any] = {
+    **{
+        name: CORRECTED[name]
+        for name in (
+            "norm",
+            "coreset_count",
+            "coreset_dtype",
+            "zero_row",
+            "distances",
+            "dlf_fit",
+            "rgb_s_lambda",
+            "rgb_smap_lambda",
+        )
+    },
+    "uff": "concat",
+}

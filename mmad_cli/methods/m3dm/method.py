@@ -27,7 +27,7 @@ from mmad_cli.methods.base import (
     View,
 )
 from mmad_cli.methods.m3dm.banks import filters_zeros, fit_bank, plan_banks, selection
-from mmad_cli.methods.m3dm.config import CORRECTED, UFF_WEIGHTS, BankName, M3DMConfig
+from mmad_cli.methods.m3dm.config import BUILTIN, CORRECTED, UFF_WEIGHTS, BankName, M3DMConfig
 from mmad_cli.methods.m3dm.dlf import Coefficients, DecisionFusion, one_class_coefficients
 from mmad_cli.methods.m3dm.patches import (
     POINT_GRID,
@@ -573,8 +573,7 @@ DEFINITION = MethodDefinition(
     },
     protocol="m3dm",
     recipes={"official": {}, "corrected": CORRECTED},
-    # the published fusion block takes the widths of the published networks
-    builtin={"uff": "concat"},
+    builtin=BUILTIN,
     source="arXiv 2303.00601",
     libraries=("numpy", "scipy", "scikit-learn", "torch", "faiss", "pillow"),
     notes=(
