@@ -103,7 +103,8 @@ class TestGenerated:
 def command_lines(page: Path) -> Iterator[str]:
     for block in blocks(page):
         if block.language == "bash":
-            yield from (line for line in block.text.splitlines() if line.startswith("mmad "))
+            lines = block.text.replace("\\\n", " ").splitlines()
+            yield from (line for line in lines if line.startswith("mmad "))
         if block.language == "yaml":
             yield from re.findall(r"run: (mmad .*)", block.text)
 
