@@ -45,7 +45,7 @@ OWN_PICKS = [
     name for name in RUNS if name not in SAME and (not name.startswith("triple") or name == "triple_uff_multiple")
 ]
 # a grey level of one of their maps is 2.008 and 2.041 steps of the blurred maximum, of all others less than 2
-COARSE_MAPS = {"pointmae_single": 2.02, "pointmae_single_rmzero": 2.25}
+COARSE_MAPS = {"pointmae_single": 2.02, "pointmae_single_rmzero": 2.05}
 
 Golden = Callable[[str], dict[str, np.ndarray]]
 
@@ -112,16 +112,28 @@ def check_maps(
     assert len(maps) == len(test) == len(largest)
     for i, (sample, ours) in enumerate(zip(test, maps, strict=True)):
         published = expected["map"][i] / 65535 * largest[i]
-        assert ours.max() == pytest.approx(largest[i], rel=0.01)
         error = np.abs(ours[::4, ::4] - published).max()
-        # the tenth is for the maximum, which differs too
-        assert error <= 1.1 * level(method, sample)
+        # the hundredths are for the maximum, which differs too
+        assert error <= 1.03 * level(method, sample)
         assert error <= steps * largest[i] / 255
+
+
+def assert_metrics(
+    expected: dict[str, np.ndarray], masks: np.ndarray, scores: np.ndarray, maps: np.ndarray, within: float
+) -> None:
+    """I-AUROC, P-AUROC and AUPRO as stored."""
+    assert image_auroc(LABELS, scores) == pytest.approx(float(expected["image_rocauc"]), abs=within)
+    assert pixel_auroc(masks, maps) == pytest.approx(float(expected["pixel_rocauc"]), abs=within)
+    assert aupro(masks, maps, 0.3, 100) == pytest.approx(float(expected["au_pro"]), abs=within)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_published_run_with_its_picks(
-    golden: Golden, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
+    golden: Golden,
+    run: Callable[..., Any],
+    golden_masks: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     expected = golden(f"e2e/{SAME.get(name, name)}")
     published_picks(monkeypatch, expected)
@@ -134,14 +146,15 @@ def test_published_run_with_its_picks(
             assert method.banks_[bank].std_ == pytest.approx(float(expected[f"norm{which}_std"]), rel=1e-5)
     if method.fusion_ is not None:
         # with exact distances, the point coefficient of these maps is off by more than 1e-3
-        maps_within = 8e-4 if name.endswith("_multiple") else 3e-3
-        np.testing.assert_allclose(method.fusion_.image, expected["detect_coef"], rtol=1e-3)
+        maps_within = 3e-3 if name == "triple_uff_pointbert" else 4e-4
+        np.testing.assert_allclose(method.fusion_.image, expected["detect_coef"], rtol=2e-4)
         np.testing.assert_allclose(method.fusion_.pixel, expected["seg_coef"], rtol=maps_within)
     predictions = [method.predict(sample) for sample in test]
     scores = [prediction.image_score for prediction in predictions]
-    np.testing.assert_allclose(scores, expected["image_scores"].ravel(), rtol=1e-3)
-    maps = [prediction.anomaly_map for prediction in predictions]
+    np.testing.assert_allclose(scores, expected["image_scores"].ravel(), rtol=2e-4)
+    maps = np.stack([prediction.anomaly_map for prediction in predictions])
     check_maps(method, test, maps, expected, COARSE_MAPS.get(name, 2))
+    assert_metrics(expected, golden_masks, np.array(scores), maps, 1e-4)
 
 
 @pytest.mark.parametrize("name", OWN_PICKS)
@@ -153,9 +166,7 @@ def test_published_metrics_with_own_picks(
     predictions = [method.predict(sample) for sample in test]
     maps = np.stack([prediction.anomaly_map for prediction in predictions])
     scores = np.array([prediction.image_score for prediction in predictions])
-    assert image_auroc(LABELS, scores) == pytest.approx(float(expected["image_rocauc"]), abs=0.02)
-    assert pixel_auroc(golden_masks, maps) == pytest.approx(float(expected["pixel_rocauc"]), abs=0.02)
-    assert aupro(golden_masks, maps, 0.3, 100) == pytest.approx(float(expected["au_pro"]), abs=0.02)
+    assert_metrics(expected, golden_masks, scores, maps, 0.02)
 
 
 def test_published_run_without_a_selection(golden: Golden, run: Callable[..., Any], golden_masks: np.ndarray) -> None:
@@ -182,9 +193,7 @@ def test_published_run_without_a_selection(golden: Golden, run: Callable[..., An
     np.testing.assert_allclose(image_scores, published, rtol=0.08)
     np.testing.assert_array_equal(np.argsort(image_scores), np.argsort(published))
     joined = np.stack([learned.anomaly_map(one) for one in maps])
-    assert image_auroc(LABELS, image_scores) == float(expected["image_rocauc"])
-    assert pixel_auroc(golden_masks, joined) == pytest.approx(float(expected["pixel_rocauc"]), abs=1e-3)
-    assert aupro(golden_masks, joined, 0.3, 100) == pytest.approx(float(expected["au_pro"]), abs=1e-3)
+    assert_metrics(expected, golden_masks, image_scores, joined, 1e-3)
 
     method.fusion_ = DecisionFusion(expected["detect_coef"], expected["seg_coef"])
     np.testing.assert_allclose([method.fusion_.image_score(row) for row in rows], published, rtol=1e-3)
