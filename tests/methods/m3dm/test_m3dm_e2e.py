@@ -158,7 +158,7 @@ def test_published_run_with_its_picks(
 
 
 @pytest.mark.parametrize("name", OWN_PICKS)
-def test_published_metrics_with_own_picks(
+def test_published_run_with_own_picks(
     golden: Golden, run: Callable[..., Any], golden_masks: np.ndarray, name: str
 ) -> None:
     expected = golden(f"e2e/{name}")
@@ -166,7 +166,9 @@ def test_published_metrics_with_own_picks(
     predictions = [method.predict(sample) for sample in test]
     maps = np.stack([prediction.anomaly_map for prediction in predictions])
     scores = np.array([prediction.image_score for prediction in predictions])
-    assert_metrics(expected, golden_masks, scores, maps, 0.02)
+    # the published arithmetic picks the published rows but for a few in another order; in float32 they would differ
+    np.testing.assert_allclose(scores, expected["image_scores"].ravel(), rtol=1e-3)
+    assert_metrics(expected, golden_masks, scores, maps, 1e-3)
 
 
 def test_published_run_without_a_selection(golden: Golden, run: Callable[..., Any], golden_masks: np.ndarray) -> None:
