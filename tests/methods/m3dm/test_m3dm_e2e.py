@@ -174,9 +174,9 @@ def test_published_run_with_own_picks(
 def test_published_run_without_a_selection(golden: Golden, run: Callable[..., Any], golden_masks: np.ndarray) -> None:
     """All rows kept: training samples lie in the banks, and decision fusion learns from rounding noise.
 
-    The noise has the published size, but no feature is equal to the last bit, so its values differ: our own features
-    changed by 6e-7 move the image scores by 4 % and the weights by 15 %. With the published weights, scores and maps
-    agree as those of any other run.
+    The noise is formed as published, but not every feature is equal to the last bit, so its values differ: scores by
+    0.3 %, weights by up to 5 %. Our own features changed by 6e-7 move both by 2 %. With the published weights, scores
+    and maps agree as those of any other run.
     """
     expected = golden("e2e/triple_uff_nocoreset")
     with pytest.warns(UserWarning, match="rounding noise"):
@@ -189,13 +189,13 @@ def test_published_run_without_a_selection(golden: Golden, run: Callable[..., An
     published = expected["image_scores"].ravel()
 
     learned = method.fusion_
-    np.testing.assert_allclose(learned.image, expected["detect_coef"], rtol=0.2)
-    np.testing.assert_allclose(learned.pixel, expected["seg_coef"], rtol=0.25)
+    np.testing.assert_allclose(learned.image, expected["detect_coef"], rtol=0.05)
+    np.testing.assert_allclose(learned.pixel, expected["seg_coef"], rtol=0.1)
     image_scores = np.array([learned.image_score(row) for row in rows])
-    np.testing.assert_allclose(image_scores, published, rtol=0.08)
+    np.testing.assert_allclose(image_scores, published, rtol=0.03)
     np.testing.assert_array_equal(np.argsort(image_scores), np.argsort(published))
     joined = np.stack([learned.anomaly_map(one) for one in maps])
-    assert_metrics(expected, golden_masks, image_scores, joined, 1e-3)
+    assert_metrics(expected, golden_masks, image_scores, joined, 2e-4)
 
     method.fusion_ = DecisionFusion(expected["detect_coef"], expected["seg_coef"])
     np.testing.assert_allclose([method.fusion_.image_score(row) for row in rows], published, rtol=1e-3)
