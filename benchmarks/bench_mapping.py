@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +30,9 @@ from mmad_cli.methods.registry import build_config, get_method
 GROUPS, SIZE, GRID = 1024, 224, 28
 CHANNELS = {RGB: 768, POINTS: 1152}
 BAR = ">= 5x"
-# side of the square that the part covers, of 224: about a third of the pixels, as on the stored scans
-PART = 130
+# side of the square that the part covers, of 224: 15 % of the pixels as on 60 real scans of cable_gland, and a third,
+# for which there is no bar
+PARTS = (88, 130)
 SMOOTHING = (5, 5, 5, 5, 5, 7, 7, 7)
 
 
@@ -150,18 +151,38 @@ PUBLISHED: dict[str, Callable[[Any, Tensor, Tensor], float]] = {
 }
 
 
-def timed(call: Callable[[], Any], repeats: int) -> tuple[list[float], Any]:
-    times, result = [], None
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = call()
-        times.append(time.perf_counter() - start)
-    return times, result
+class Measured(NamedTuple):
+    """Seconds of a call, GB that it took at its peak beyond what the process held (None where not told), its result."""
+
+    seconds: float
+    memory: float | None
+    result: Any
 
 
-def scan() -> tuple[dict[str, Tensor], GeneratedSample]:
-    """Tokens and geometry in both forms."""
-    points, pixel = cloud_of(PART)
+def measured(call: Callable[[], Any]) -> Measured:
+    before = _status("VmRSS") if _reset_peak() else None
+    start = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    return Measured(seconds, None if before is None else (_status("VmHWM") - before) / 2**20, result)
+
+
+def _reset_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def scan(side: int) -> tuple[dict[str, Tensor], GeneratedSample]:
+    """Tokens and geometry in both forms, of a part that covers a square of the image."""
+    points, pixel = cloud_of(side)
     rng = np.random.default_rng(1)
     centres = points[farthest_points(points, GROUPS)]
     tokens, rgb = (rng.normal(size=(n, c)).astype(np.float32) for n, c in ((GROUPS, 1152), (GRID * GRID, 768)))
@@ -186,53 +207,42 @@ def untrained(name: str) -> MappingMethod:
     return method
 
 
-def memory_peak(call: Callable[[], Any]) -> float | None:
-    """GB that a call takes at its peak beyond what the process holds; None where the system does not tell."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        call()
-        return (_status("VmHWM") - before) / 2**20
-    except OSError:
-        return None
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def compare(name: str, inputs: dict[str, Tensor], sample: GeneratedSample, repeats: int) -> dict[str, Any]:
+def compare(
+    name: str, inputs: dict[str, Tensor], sample: GeneratedSample, features: list[Measured], repeats: int, bar: bool
+) -> dict[str, Any]:
     """One row: tokens to score in both forms. The ratio is the worst of the repeats."""
     method = untrained(name)
+    method.predict(sample)  # imports and matrices that all scans share
+    ours = [measured(lambda: method.predict(sample)) for _ in range(repeats + 1)]
     with torch.inference_mode():
-        method.predict(sample)  # imports and matrices that all scans share
-        peak = memory_peak(lambda: method.predict(sample))
-        ours, prediction = timed(lambda: method.predict(sample), max(repeats, 3))
-        features, dense = timed(lambda: published_features(inputs), repeats)
-        theirs, score = timed(lambda: PUBLISHED[name](method.learner_, *dense), repeats)
-        published_peak = memory_peak(lambda: PUBLISHED[name](method.learner_, *published_features(inputs)))
-    whole = [a + b for a, b in zip(features, theirs, strict=True)]
-    off = abs(prediction.image_score - score) / score
-    ratio = min(whole) / max(ours)
-    memory = (
-        "" if peak is None else f"; peak memory beyond the networks {peak:.2f} GB, published {published_peak:.2f} GB"
-    )
+        dense = features[0].result
+        theirs = [measured(lambda: PUBLISHED[name](method.learner_, *dense)) for _ in range(repeats)]
+    whole = min(run.seconds for run in features) + min(run.seconds for run in theirs)
+    slowest, networks = max(run.seconds for run in ours), min(run.seconds for run in theirs)
+    off = abs(ours[0].result.image_score - theirs[0].result) / theirs[0].result
+    peak = [max((run.memory or 0 for run in runs), default=0) for runs in (ours, features, theirs)]
     return {
         "name": f"{get_method(name).title}, one scan of {len(inputs['points'])} points, tokens to score",
-        "repo_seconds": float(np.median(whole)),
-        "ours_seconds": float(np.median(ours)),
-        "ratio": ratio,
-        "bar": BAR,
-        "ok": bool(ratio >= 5 and off < 1e-3),
+        "repo_seconds": whole,
+        "ours_seconds": float(np.median([run.seconds for run in ours])),
+        "ratio": whole / slowest,
+        "bar": BAR if bar else None,
+        "ok": bool(whole / slowest >= 5 and off < 1e-3) if bar else None,
         "note": (
-            f"worst of {repeats}; with features per pixel given, published {min(theirs):.2f} s "
-            f"({min(theirs) / max(ours):.1f}x); scores {off:.0e} apart{memory}"
+            f"worst of {repeats + 1}; with features per pixel given, published {networks:.2f} s "
+            f"({networks / slowest:.1f}x); scores {off:.0e} apart; peak memory beyond the networks {peak[0]:.2f} GB, "
+            f"published {peak[1]:.2f} GB for the features and {peak[2]:.2f} GB more"
         ),
     }
 
 
 def run(quick: bool = False) -> list[dict[str, Any]]:
     """Rows: name, repo_seconds, ours_seconds, ratio, bar, ok, note."""
-    inputs, sample = scan()
-    return [compare(name, inputs, sample, 1 if quick else 2) for name in PUBLISHED]
+    repeats = 1 if quick else 2
+    rows = []
+    for side in PARTS[:1] if quick else PARTS:
+        inputs, sample = scan(side)
+        with torch.inference_mode():
+            features = [measured(lambda given=inputs: published_features(given)) for _ in range(repeats)]
+        rows += [compare(name, inputs, sample, features, repeats, bar=side == PARTS[0]) for name in PUBLISHED]
+    return rows
