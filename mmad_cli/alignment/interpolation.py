@@ -143,16 +143,21 @@ def _direct(cloud: FloatArray, centres: FloatArray, indices: IndexArray) -> NDAr
 
 
 def _expanded(cloud: FloatArray, centres: FloatArray, indices: IndexArray) -> FloatArray:
-    """Squared distances float32 (P, k) in the published order of operations: -2ab, + |a|^2, + |b|^2.
+    """Squared distances float32 (P, k) in the published order of operations: -2ab, + |a|^2, + |b|^2."""
+    product = _rounded_product(cloud.T.astype(np.float64)[:, :, None], centres.T.astype(np.float64)[:, indices])
+    return np.asarray(np.float32(-2) * product + _squared_norms(cloud)[:, None] + _squared_norms(centres)[indices])
 
-    Near a centre the rounding is all that is left, so a.b is accumulated as matrix products do, by fused
+
+def _rounded_product(a: NDArray[np.float64], b: NDArray[np.float64]) -> FloatArray:
+    """Inner products float32 over the first of their axes, which has 3 entries.
+
+    Near a centre the rounding is all that is left, so they are accumulated as matrix products do, by fused
     multiply-add: a product of two float32 is exact in float64, and only the sum is rounded.
     """
-    a, b = cloud.T.astype(np.float64)[:, :, None], centres.T.astype(np.float64)[:, indices]
-    product = (a[0] * b[0]).astype(np.float32)
+    product: FloatArray = (a[0] * b[0]).astype(np.float32)
     for axis in (1, 2):
         product = (a[axis] * b[axis] + product).astype(np.float32)
-    return np.asarray(np.float32(-2) * product + _squared_norms(cloud)[:, None] + _squared_norms(centres)[indices])
+    return product
 
 
 def _squared_norms(points: FloatArray) -> FloatArray:
@@ -160,10 +165,10 @@ def _squared_norms(points: FloatArray) -> FloatArray:
 
 
 def _smallest(candidates: IndexArray, distances: FloatArray) -> tuple[IndexArray, FloatArray, NDArray[np.bool_]]:
-    """The three smallest of each row, and whether any of them has an equal."""
+    """The three smallest of each row, and whether the third of them has an equal that is left out."""
     order = np.argsort(distances, axis=1, kind="stable")[:, : NEIGHBOURS + 1]
     ascending = np.take_along_axis(distances, order, axis=1)
-    tied = (ascending[:, 1:] == ascending[:, :-1]).any(axis=1)
+    tied = (ascending[:, NEIGHBOURS - 1 : NEIGHBOURS] == ascending[:, NEIGHBOURS:]).any(axis=1)
     return np.take_along_axis(candidates, order[:, :NEIGHBOURS], axis=1), ascending[:, :NEIGHBOURS], tied
 
 
@@ -171,8 +176,9 @@ def _first_of_sort(cloud: FloatArray, centres: FloatArray) -> IndexArray:
     """Indices (P, 3) of the smallest rounded distances as the published sort of all centres orders equal ones."""
     import torch
 
-    every = np.broadcast_to(np.arange(len(centres)), (len(cloud), len(centres)))
-    order = torch.from_numpy(_expanded(cloud, centres, every)).sort(dim=1).indices
+    product = _rounded_product(cloud.T.astype(np.float64)[:, :, None], centres.T.astype(np.float64)[:, None, :])
+    squared = np.float32(-2) * product + _squared_norms(cloud)[:, None] + _squared_norms(centres)
+    order = torch.from_numpy(squared).sort(dim=1).indices
     return np.asarray(order[:, :NEIGHBOURS].numpy(), dtype=np.int64)
 
 
