@@ -27,14 +27,14 @@ def info(store: StoreOption = None, json: Json = False) -> None:
 
     from rich.table import Table
 
-    from mmad_cli.store import Store
+    from mmad_cli.store import open_store
 
-    place = Store(store)
+    place = open_store(store)
     usage = place.usage()
     if json:
-        print_json({"root": str(place.root), "usage": [asdict(line) for line in usage]})
+        print_json({"root": place.address, "usage": [asdict(line) for line in usage]})
         return
-    table = Table(title=f"store {place.root}", title_justify="left")
+    table = Table(title=f"store {place.address}", title_justify="left")
     table.add_column("stage")
     table.add_column("category")
     table.add_column("files", justify="right")
@@ -53,10 +53,10 @@ def verify(store: StoreOption = None, json: Json = False) -> int:
 
     Example: mmad cache verify
     """
-    from mmad_cli.store import Store
+    from mmad_cli.store import open_store
 
     with ConsoleReporter() as reporter, reporter.task("verifying", 0) as advance:
-        problems = Store(store).verify(advance)
+        problems = open_store(store).verify(advance)
     if json:
         print_json([{"file": str(problem.path), "reason": problem.reason} for problem in problems])
     else:
@@ -76,9 +76,9 @@ def prune(
 
     Example: mmad cache prune --dry-run
     """
-    from mmad_cli.store import Store
+    from mmad_cli.store import open_store
 
-    paths, size = Store(store).prune(dry_run=dry_run)
+    paths, size = open_store(store).prune(dry_run=dry_run)
     if json:
         print_json({"files": [str(path) for path in paths], "bytes": size, "removed": not dry_run})
         return

@@ -8,11 +8,14 @@ import platform
 import shutil
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmad_cli._version import __version__
 from mmad_cli.cli.console import print_err, print_json, print_rich
 from mmad_cli.cli.options import Json, StoreOption
+
+if TYPE_CHECKING:
+    from mmad_cli.store import Store
 
 INCOMPLETE = 3
 
@@ -148,12 +151,15 @@ def _devices() -> list[Check]:
     return [*checks, Check("faiss device", f"{gpus} GPU" if gpus else "CPU", True)]
 
 
-def _store(store: Path | None) -> Check:
+def _store(store: str | None) -> Check:
     import os
 
-    from mmad_cli.store import Store
+    from mmad_cli.store import open_store
 
-    root = Store(store).root
+    place = open_store(store)
+    root = place.root
+    if place.address != str(root):
+        return _remote_store(place)
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     return Check(
@@ -162,6 +168,16 @@ def _store(store: Path | None) -> Check:
         os.access(existing, os.W_OK),
         "give write permission or choose another folder with --store or $MMAD_STORE",
     )
+
+
+def _remote_store(store: Store) -> Check:
+    from mmad_cli.errors import StoreError
+
+    try:
+        files = sum(line.files for line in store.usage())
+    except StoreError as error:
+        return Check("store", str(error), False, "choose another address with --store or $MMAD_STORE")
+    return Check("store", f"{store.address}, {files} objects", True)
 
 
 def _weights() -> list[Check]:

@@ -13,6 +13,7 @@ from mmad_cli.cli.options import (
     Backbones,
     Categories,
     Checkpoints,
+    Dask,
     Debris,
     Device,
     Force,
@@ -91,6 +92,7 @@ def evaluate(
     ] = False,
     device: Device = "auto",
     workers: Workers = None,
+    dask: Dask = None,
     save_maps: Annotated[bool, typer.Option("--save-maps", help="Write the anomaly maps into the run.")] = False,
     force: Force = False,
     out: Annotated[
@@ -117,13 +119,13 @@ def evaluate(
 
     from mmad_cli.methods import parse_settings
     from mmad_cli.stages.default_data import default_dataset
-    from mmad_cli.stages.evaluate import evaluate as run_stage
+    from mmad_cli.stages.evaluate import evaluate_all
     from mmad_cli.stages.pipeline import plan
     from mmad_cli.stages.plan import Selection
     from mmad_cli.stages.request import EvaluateRequest, check_without_data, prepare
 
     combinations = _combinations(method, variant or [], seed or [0])
-    with ConsoleReporter() as reporter, open_session(reporter, store, workers, device) as session:
+    with ConsoleReporter() as reporter, open_session(reporter, store, workers, device, dask) as session:
         requests = [
             EvaluateRequest(
                 data=data or Path(),
@@ -159,7 +161,7 @@ def evaluate(
             lines = [(request, line) for request in requests for line in plan(session, request)]
             _show_plan(lines, json)
             return 0
-        results = [run_stage(session, request) for request in requests]
+        results = evaluate_all(session, requests)
     if json:
         texts = [result.model_dump(mode="json", by_alias=True) for result, _ in results]
         print_json(texts[0] if len(texts) == 1 else texts)

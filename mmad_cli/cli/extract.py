@@ -9,6 +9,7 @@ import typer
 from mmad_cli.cli.options import (
     Backbones,
     Categories,
+    Dask,
     Data,
     Debris,
     Device,
@@ -51,6 +52,7 @@ def extract(
     limit: Limit = None,
     device: Device = "auto",
     workers: Workers = None,
+    dask: Dask = None,
     store: StoreOption = None,
     force: Force = False,
     json: Json = False,
@@ -85,7 +87,7 @@ def extract(
         specs = {str(backbone): pipeline.backbone_spec(str(backbone), values)}
         default_protocol = "m3dm"
     preprocessing = preprocess_config(protocol or default_protocol, preprocessing_settings(rgb_background, debris))
-    with ConsoleReporter() as reporter, open_session(reporter, store, workers, device) as session:
+    with ConsoleReporter() as reporter, open_session(reporter, store, workers, device, dask) as session:
         outcomes = pipeline.extract(
             session,
             data,

@@ -11,6 +11,7 @@ from mmad_cli.cli.options import (
     Backbones,
     Categories,
     Checkpoints,
+    Dask,
     Data,
     Debris,
     Device,
@@ -49,6 +50,7 @@ def fit(
     seed: Seed = 0,
     device: Device = "auto",
     workers: Workers = None,
+    dask: Dask = None,
     store: StoreOption = None,
     force: Force = False,
     checkpoints: Checkpoints = None,
@@ -85,6 +87,6 @@ def fit(
         checkpoints=checkpoints,
         export=export,
     )
-    with ConsoleReporter() as reporter, open_session(reporter, store, workers, device) as session:
+    with ConsoleReporter() as reporter, open_session(reporter, store, workers, device, dask) as session:
         outcomes = pipeline.fit(session, request)
     return show_outcomes(outcomes, json)

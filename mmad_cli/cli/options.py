@@ -13,8 +13,22 @@ if TYPE_CHECKING:
 
 Data = Annotated[Path, typer.Argument(metavar="DATA", envvar="MMAD_DATA", help="Dataset folder; it is only read.")]
 StoreOption = Annotated[
-    Path | None,
-    typer.Option("--store", envvar="MMAD_STORE", help="Where results of the stages are kept.", show_default=False),
+    str | None,
+    typer.Option(
+        "--store",
+        envvar="MMAD_STORE",
+        help="Where results of the stages are kept: a folder, or an address such as s3://bucket/prefix.",
+        show_default=False,
+    ),
+]
+Dask = Annotated[
+    str | None,
+    typer.Option(
+        "--dask",
+        metavar="ADDRESS",
+        help="Scheduler of a Dask cluster that does the work, such as tcp://host:8786.",
+        show_default=False,
+    ),
 ]
 Workers = Annotated[
     int | None, typer.Option("--workers", help="Worker processes; default: one per core.", show_default=False)
@@ -95,15 +109,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard outpu
 
 
 def open_session(
-    reporter: ConsoleReporter, store: Path | None, workers: int | None = None, device: str = "auto"
+    reporter: ConsoleReporter,
+    store: str | None,
+    workers: int | None = None,
+    device: str = "auto",
+    dask: str | None = None,
 ) -> Session:
     """The session of a command: store, workers, device, progress on standard error."""
     from mmad_cli.stages.session import Session
-    from mmad_cli.store import Store
+    from mmad_cli.store import open_store
     from mmad_cli.threads import default_threads
 
     default_threads()
-    return Session(store=Store(store), workers=workers, device=device, reporter=reporter)
+    return Session(store=open_store(store), workers=workers, device=device, reporter=reporter, dask=dask)
 
 
 def preprocessing_settings(rgb_background: str | None, debris: str | None) -> dict[str, str]:

@@ -10,6 +10,7 @@ import typer
 from mmad_cli.cli.console import ConsoleReporter, print_err, print_json
 from mmad_cli.cli.options import (
     Categories,
+    Dask,
     Data,
     Debris,
     Force,
@@ -36,6 +37,7 @@ def preprocess(
     debris: Debris = None,
     limit: Limit = None,
     workers: Workers = None,
+    dask: Dask = None,
     store: StoreOption = None,
     force: Force = False,
     json: Json = False,
@@ -49,7 +51,7 @@ def preprocess(
     from mmad_cli.stages import pipeline
     from mmad_cli.stages.plan import Selection
 
-    with ConsoleReporter() as reporter, open_session(reporter, store, workers) as session:
+    with ConsoleReporter() as reporter, open_session(reporter, store, workers, dask=dask) as session:
         outcomes = pipeline.preprocess(
             session,
             data,

@@ -187,7 +187,7 @@ def _leaderboard(
     include: list[str],
     confidence: float | None,
     data: Path | None,
-    store: Path | None,
+    store: str | None,
 ) -> None:
     from mmad_cli.reports import render_leaderboards, render_leaderboards_rich
 
@@ -205,7 +205,7 @@ def _boards(
     include: list[str],
     confidence: float | None,
     data: Path | None,
-    store: Path | None,
+    store: str | None,
 ) -> list[Leaderboard]:
     from mmad_cli.results.leaderboard import DEFAULT_CONFIDENCE, build_leaderboards, known_category
     from mmad_cli.results.reference import find_references
@@ -248,7 +248,7 @@ def _write_html(
     metrics: list[str] | None,
     comparisons: list[Comparison],
     data: Path | None,
-    store: Path | None,
+    store: str | None,
 ) -> None:
     from mmad_cli.files import atomic_write
     from mmad_cli.stages.pictures import html_report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from mmad_cli.stages.clean import load_clean
 from mmad_cli.stages.plan import Selection, choose_categories, clean_jobs, select_samples
 from mmad_cli.stages.request import EvaluateRequest, preprocess_config
 from mmad_cli.stages.session import Session
-from mmad_cli.store import RawIndex, Store
+from mmad_cli.store import RawIndex, open_store
 from mmad_cli.types import Sample
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ Pathlike = str | PathLike[str]
 
 
 def _session(store: Pathlike | None, workers: int | None, device: str) -> Session:
-    return Session(store=Store(Path(store) if store is not None else None), workers=workers, device=device)
+    return Session(store=open_store(None if store is None else fspath(store)), workers=workers, device=device)
 
 
 def preprocess(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmad_cli.store import Artefact, CorruptArtefactError, Store, check_unchanged, library_versions, make_key
+from mmad_cli.store import Artefact, CorruptArtefactError, check_unchanged, library_versions, make_key, open_store
 from mmad_cli.types import BoolArray, FloatArray, Sample, SampleRef
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Notice = Callable[[str], None]
 class CleanJob:
     """Everything that is needed to have one clean scan, in any process."""
 
-    store_root: Path
+    store: str
     dataset: Dataset
     ref: SampleRef
     config: PreprocessConfig
@@ -74,7 +74,7 @@ def clean_key(
 
 def load_clean(job: CleanJob, notice: Notice) -> Sample:
     """The clean scan from the store, computed first where it is missing or damaged."""
-    tensors, info = Store(job.store_root).tensors_or_compute(
+    tensors, info = open_store(job.store).tensors_or_compute(
         job.artefact, lambda: _compute(job), lambda error: notice(recomputed(error))
     )
     return decode_clean(job.ref, tensors, info)

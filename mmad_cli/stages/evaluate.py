@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +47,72 @@ AUPRO_SCALES = "aupro_scale"
 _NAMED_AT_MOST = 5
 
 
+@dataclass
+class OpenRun:
+    """A run whose categories are still to be computed, all or some: everything is looked up and planned."""
+
+    prepared: Prepared
+    result: RunResult
+    folder: Path
+    shared: SharedPlan | None
+    plans: Mapping[str, CategoryPlan]
+    failed: Mapping[str, str]
+
+    def is_done(self, session: Session, category: str) -> bool:
+        """Whether the store has everything that a category's part of the run folder is written from."""
+        return _known_record(session, self.prepared, self.plans[category]) is not None
+
+    def conclude(
+        self, session: Session, category: str, failure: CategoryResult | None = None, device: str | None = None
+    ) -> None:
+        """Enter a category and write the summary: its failure, or what the store has, computed here where needed."""
+        if category in self.failed:
+            outcome = CategoryResult(status="failed", error=self.failed[category])
+        elif failure is not None:
+            outcome = failure
+        else:
+            plan = self.plans[category]
+            outcome, device = evaluate_category(session, self.prepared, plan, self.folder, self.shared)
+        if device is not None:
+            self.result.environment.device = device
+        if outcome.status == "failed":
+            session.reporter.notice(f"{category}: failed: {outcome.error}")
+        if outcome.sample_notes:
+            _tell_notes(session, category, outcome.sample_notes)
+            self.result.mark_not_comparable(
+                f"sample notes: {len(outcome.sample_notes)} of {outcome.n_test} test samples of {category} were scored "
+                "otherwise than the rest"
+            )
+        self.result.set_category(category, outcome)
+        self.result.to_disk(self.folder)
+
+
 def evaluate(session: Session, request: EvaluateRequest) -> tuple[RunResult, Path]:
     """Evaluate a method on a dataset, one category at a time; returns the result and the run's folder.
 
     The summary is written after each category, so an interrupted run keeps what it had. A category that fails is
     recorded with its error and the others go on.
     """
+    return evaluate_all(session, [request])[0]
+
+
+def evaluate_all(session: Session, requests: Sequence[EvaluateRequest]) -> list[tuple[RunResult, Path]]:
+    """Evaluate several requests: one after the other, or all at once on the session's cluster."""
+    if session.cluster is not None:
+        from mmad_cli.stages.grid import evaluate_grid
+
+        return evaluate_grid(session, requests)
+    results = []
+    for request in requests:
+        run = open_run(session, request)
+        for category in run.prepared.categories:
+            run.conclude(session, category)
+        results.append((run.result, run.folder))
+    return results
+
+
+def open_run(session: Session, request: EvaluateRequest) -> OpenRun:
+    """Look up and plan a run; with `force`, forget what the store has of it."""
     prepared = prepare(session, request)
     index = RawIndex(session.store.root, prepared.dataset.root)
     samples: dict[str, CategorySamples] = {}
@@ -80,29 +141,12 @@ def evaluate(session: Session, request: EvaluateRequest) -> tuple[RunResult, Pat
     }
     # all at once and before anything is computed: pruning must not take what a later category has already
     _announce(session, folder, set().union(*(part.keys for part in (*plans.values(), shared) if part is not None)))
-    if request.force and shared is not None:
-        session.store.remove(shared.artefact)
-    for category in prepared.categories:
-        if category in failed:
-            outcome = CategoryResult(status="failed", error=failed[category])
-        else:
-            plan = plans[category]
-            if request.force:
-                forget(session, plan)
-            outcome, device = evaluate_category(session, prepared, plan, folder, shared)
-            if device is not None:
-                result.environment.device = device
-        if outcome.status == "failed":
-            session.reporter.notice(f"{category}: failed: {outcome.error}")
-        if outcome.sample_notes:
-            _tell_notes(session, category, outcome.sample_notes)
-            result.mark_not_comparable(
-                f"sample notes: {len(outcome.sample_notes)} of {outcome.n_test} test samples of {category} were scored "
-                "otherwise than the rest"
-            )
-        result.set_category(category, outcome)
-        result.to_disk(folder)
-    return result, folder
+    if request.force:
+        if shared is not None:
+            session.store.remove(shared.artefact)
+        for plan in plans.values():
+            forget(session, plan)
+    return OpenRun(prepared, result, folder, shared, plans, failed)
 
 
 def _tell_notes(session: Session, category: str, notes: Mapping[str, str]) -> None:
@@ -134,22 +178,52 @@ def evaluate_category(
     shared: SharedPlan | None = None,
 ) -> tuple[CategoryResult, str | None]:
     """Result of one category and the device that computed it; from the store where it is known already."""
-    category = plan.samples.category
+    record, failure = compute_record(session, prepared, plan, shared)
+    if record is None or failure is not None:
+        return failure or CategoryResult(status="failed"), None
+    failure = _failure_of(
+        lambda: _write_category_files(session, prepared, plan, record, folder / _folder_name(plan.samples.category))
+    )
+    if failure is not None:
+        return failure, None
+    return CategoryResult.model_validate(record["result"]), record["device"]
+
+
+def compute_record(
+    session: Session, prepared: Prepared, plan: CategoryPlan, shared: SharedPlan | None
+) -> tuple[dict[str, Any] | None, CategoryResult | None]:
+    """The stored record of a category, computed where it is missing, or its failure."""
+    record: dict[str, Any] = {}
+
+    def compute() -> None:
+        known = _known_record(session, prepared, plan)
+        if known is None:
+            known = _compute_category(session, prepared, plan, shared)
+            session.store.write_record(plan.result, known)
+        record.update(known)
+
+    failure = _failure_of(compute)
+    return (None, failure) if failure is not None else (record, None)
+
+
+def _failure_of(work: Callable[[], None]) -> CategoryResult | None:
+    """Do the work of one category; what it failed with, if it did and that is not everybody's failure."""
     try:
-        record = _stored_result(session, plan)
-        if record is None or (prepared.request.save_maps and not _maps_complete(session, plan)):
-            record = _compute_category(session, prepared, plan, shared)
-            session.store.write_record(plan.result, record)
-        _write_category_files(session, prepared, plan, record, folder / _folder_name(category))
+        work()
     except (UsageError, WeightsError, StoreError):
         # not this category's fault: the others would fail alike
         raise
     except MmadError as error:
-        return CategoryResult(status="failed", error=str(error)), None
+        return CategoryResult(status="failed", error=str(error))
     except UNFORESEEN as error:
         # a defect of ours or of a third party's method must not cost the other categories
-        return CategoryResult(status="failed", error=unforeseen(error)), None
-    return CategoryResult.model_validate(record["result"]), record["device"]
+        return CategoryResult(status="failed", error=unforeseen(error))
+    return None
+
+
+def _known_record(session: Session, prepared: Prepared, plan: CategoryPlan) -> dict[str, Any] | None:
+    record = _stored_result(session, plan)
+    return None if prepared.request.save_maps and not _maps_complete(session, plan) else record
 
 
 def _stored_result(session: Session, plan: CategoryPlan) -> dict[str, Any] | None:

@@ -6,13 +6,14 @@ import contextlib
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.sharedctypes import Synchronized
 from typing import TypeVar
 
 from mmad_cli.errors import StoreError, UsageError
 from mmad_cli.processes import become_worker
+from mmad_cli.stages.cluster import is_lost_worker, lost_scheduler
 from mmad_cli.threads import available_cores, limit_threads
 
 Job = TypeVar("Job")
@@ -40,9 +41,15 @@ def make_pool(workers: int) -> Executor | None:
 
 
 def run_tasks(
-    executor: Executor | None, function: Callable[[Job], Result], jobs: Sequence[Job]
+    executor: Executor | None,
+    function: Callable[[Job], Result],
+    jobs: Sequence[Job],
+    lost: Callable[[Job], Result] | None = None,
 ) -> Iterator[tuple[int, Result]]:
-    """Results as they finish, with the index of their job. The first exception stops the rest and is raised."""
+    """Results as they finish, with the index of their job. The first exception stops the rest and is raised.
+
+    lost: gives the result of a job that killed several workers of a cluster; without it that is an error too.
+    """
     if executor is None:
         for index, job in enumerate(jobs):
             yield index, function(job)
@@ -53,7 +60,16 @@ def run_tasks(
             for index, job in enumerate(jobs):
                 pending[executor.submit(function, job)] = index
         for future in as_completed(list(pending)):
-            yield pending.pop(future), future.result()
+            index = pending.pop(future)
+            try:
+                result = future.result()
+            except Exception as error:
+                if lost is None or not is_lost_worker(error):
+                    raise
+                result = lost(jobs[index])
+            yield index, result
+    except CancelledError as error:
+        raise lost_scheduler() from error
     except BrokenProcessPool as error:
         raise StoreError(
             "a worker process died (often: out of memory). What was finished is kept; "
@@ -82,7 +98,11 @@ def close_pool(executor: Executor | None) -> None:
     """Drop what has not started and let the workers end."""
     if executor is not None:
         with contextlib.suppress(OSError):
-            executor.shutdown(wait=True, cancel_futures=True)
+            if isinstance(executor, ProcessPoolExecutor):
+                executor.shutdown(wait=True, cancel_futures=True)
+            else:
+                # of a cluster: what is not finished is dropped
+                executor.shutdown(wait=False)
 
 
 def _start_worker(threads: int, started: Synchronized[int]) -> None:

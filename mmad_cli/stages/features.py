@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mmad_cli.errors import DataError
 from mmad_cli.stages.clean import CleanJob, Notice, load_clean, recomputed
-from mmad_cli.store import Artefact, CorruptArtefactError, Store, library_versions, make_key
+from mmad_cli.store import Artefact, CorruptArtefactError, Store, library_versions, make_key, open_store
 
 if TYPE_CHECKING:
     from mmad_cli.backbones.base import Backbone
@@ -44,7 +44,7 @@ class FeatureJob:
     @property
     def store(self) -> Store:
         """The store that holds it."""
-        return Store(self.clean.store_root)
+        return open_store(self.clean.store)
 
 
 def feature_key(spec: FeatureSpec, weights: Mapping[str, str], clean: str, **pseudo: Any) -> str:
@@ -128,7 +128,7 @@ def load_feature(job: FeatureJob, device: str, notice: Notice) -> Mapping[str, N
     except (FileNotFoundError, CorruptArtefactError) as error:
         if isinstance(error, CorruptArtefactError):
             notice(recomputed(error))
-            job.store.path(job.artefact).unlink(missing_ok=True)
+            job.store.remove(job.artefact)
         extract_batch([job], device, notice)
         tensors, _ = job.store.read_tensors(job.artefact)
     for array in tensors.values():

@@ -14,7 +14,7 @@ from mmad_cli.errors import UNFORESEEN, DataError, unforeseen
 from mmad_cli.stages.clean import Notice, recomputed
 from mmad_cli.stages.tasks import Outcome, run_all
 from mmad_cli.stages.timing import Stopwatch
-from mmad_cli.store import Artefact, RawIndex, Store, check_unchanged, library_versions, make_key
+from mmad_cli.store import Artefact, RawIndex, check_unchanged, library_versions, make_key, open_store
 from mmad_cli.types import SampleRef
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ VERSION = 1
 class LabelJob:
     """Everything that is needed to have the labels of one scan file, in any process."""
 
-    store_root: Path
+    store: str
     dataset: PseudoLabelled
     path: Path
     digest: str
@@ -75,7 +75,7 @@ def label_task(job: LabelJob) -> Outcome:
 
 def scan_labels(job: LabelJob, notice: Notice) -> ScanLabels:
     """The labels of one scan file from the store, computed first where they are missing or damaged."""
-    tensors, info = Store(job.store_root).tensors_or_compute(
+    tensors, info = open_store(job.store).tensors_or_compute(
         job.artefact, lambda: _compute(job), lambda error: notice(recomputed(error))
     )
     return ScanLabels(int(info["points"]), np.asarray(tensors["marked"]))
@@ -85,7 +85,7 @@ def _job(session: Session, dataset: PseudoLabelled, category: str, path: Path, d
     key = make_key(
         STAGE, VERSION, labelling=dataset.labelling(), libraries=library_versions(("scikit-learn",)), raw=digest
     )
-    return LabelJob(session.store.root, dataset, path, digest, Artefact(STAGE, category, key))
+    return LabelJob(session.store.address, dataset, path, digest, Artefact(STAGE, category, key))
 
 
 def _compute(job: LabelJob) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,7 @@ def preprocess(
     selection = selection or Selection()
     config = preprocess_config(protocol, settings or {})
     dataset = open_dataset(data)
+    session.check_cluster(dataset.root, {})
     outcomes = []
     for category, samples in _each_category(
         session, dataset, choose_categories(dataset, selection.categories), selection
@@ -133,6 +134,7 @@ def extract(
     weights = {name: resolve(name).sha256 for name in names}
     dataset = open_dataset(data)
     require_modalities(dataset, (spec.input for spec in specs.values()), f"backbone {', '.join(specs)}")
+    session.check_cluster(dataset.root, weights)
     outcomes = []
     for category, samples in _each_category(
         session, dataset, choose_categories(dataset, selection.categories), selection
@@ -179,45 +181,77 @@ def fit(session: Session, request: EvaluateRequest) -> list[CategoryOutcome]:
     found = dict(_each_category(session, prepared.dataset, prepared.categories, request.selection))
     usable = {name: samples for name, samples in found.items() if not isinstance(samples, DataError)}
     shared = plan_shared(session, prepared.dataset, usable, request.selection, prepared.preprocessing, prepared.run)
-    if shared is not None:
-        train_shared(session, shared, prepared.run)
     artefact = None if shared is None else shared.artefact
+    plans = {name: _training_part(session, prepared, samples, artefact) for name, samples in usable.items()}
+    if request.force:
+        for one in plans.values():
+            _forget_fit(session, one)
+    if session.cluster is not None:
+        from mmad_cli.stages.grid import fit_grid
+
+        fitted = dict(zip(plans, fit_grid(session, prepared, list(plans.values()), shared), strict=True))
+    else:
+        if shared is not None:
+            train_shared(session, shared, prepared.run)
+        fitted = {name: fit_category(session, prepared, one) for name, one in plans.items()}
+    if request.export is not None:
+        fitted = {name: _exported(session, plans[name], one, request.export) for name, one in fitted.items()}
     return [
-        CategoryOutcome(category, error=str(samples))
-        if isinstance(samples, DataError)
-        else _fit_category(session, prepared, samples, artefact)
+        CategoryOutcome(category, error=str(samples)) if isinstance(samples, DataError) else fitted[category]
         for category, samples in found.items()
     ]
 
 
-def _fit_category(
+def _training_part(
     session: Session, prepared: Prepared, samples: CategorySamples, shared: Artefact | None
-) -> CategoryOutcome:
-    plan = plan_category(session, prepared.dataset, samples, prepared.preprocessing, prepared.run, shared=shared)
-    wanted = {ref.id for ref in (*plan.samples.train, *plan.samples.validation)}
-    clean = {id_: job for id_, job in plan.clean.items() if id_ in wanted}
-    jobs = {name: {id_: job for id_, job in by.items() if id_ in wanted} for name, by in plan.features.items()}
-    if prepared.request.force:
-        _forget(session, jobs)
-        session.store.remove(plan.fit)
-        if plan.experts is not None:
-            forget_experts(session, plan.experts)
-    reports = {"preprocess": preprocess_category(session, samples.category, clean)}
-    if reports["preprocess"].failures:
-        return CategoryOutcome(samples.category, reports)
-    reports["extract"] = extract_category(session, samples.category, jobs)
-    if reports["extract"].failures:
-        return CategoryOutcome(samples.category, reports)
+) -> CategoryPlan:
+    """The plan of a category with the jobs of its training and validation samples only."""
+    whole = plan_category(session, prepared.dataset, samples, prepared.preprocessing, prepared.run, shared=shared)
+    wanted = {ref.id for ref in (*whole.samples.train, *whole.samples.validation)}
+    return replace(
+        whole,
+        clean={id_: job for id_, job in whole.clean.items() if id_ in wanted},
+        features={name: {id_: job for id_, job in by.items() if id_ in wanted} for name, by in whole.features.items()},
+    )
+
+
+def _forget_fit(session: Session, plan: CategoryPlan) -> None:
+    _forget(session, plan.features)
+    session.store.remove(plan.fit)
+    if plan.experts is not None:
+        forget_experts(session, plan.experts)
+
+
+def _exported(session: Session, plan: CategoryPlan, outcome: CategoryOutcome, folder: Path) -> CategoryOutcome:
+    """The outcome, with the fitted state written below `folder` where there is one."""
+    if not outcome.ok:
+        return outcome
     try:
-        _, info = fitted_method(session, plan, prepared.run)
-        if prepared.request.export is not None:
-            parts = [plan.fit] if plan.experts is None else [plan.experts.artefact, plan.fit]
-            export_state(session.store, parts, prepared.request.export)
+        parts = [plan.fit] if plan.experts is None else [plan.experts.artefact, plan.fit]
+        export_state(session.store, parts, folder)
     except StoreError:
         raise
     except DataError as error:
-        return CategoryOutcome(samples.category, reports, error=str(error))
-    return CategoryOutcome(samples.category, reports, info=info)
+        return replace(outcome, error=str(error))
+    return outcome
+
+
+def fit_category(session: Session, prepared: Prepared, plan: CategoryPlan) -> CategoryOutcome:
+    """Fit one category into the store; earlier stages are run where they are missing."""
+    category = plan.samples.category
+    reports = {"preprocess": preprocess_category(session, category, plan.clean)}
+    if reports["preprocess"].failures:
+        return CategoryOutcome(category, reports)
+    reports["extract"] = extract_category(session, category, plan.features)
+    if reports["extract"].failures:
+        return CategoryOutcome(category, reports)
+    try:
+        _, info = fitted_method(session, plan, prepared.run)
+    except StoreError:
+        raise
+    except DataError as error:
+        return CategoryOutcome(category, reports, error=str(error))
+    return CategoryOutcome(category, reports, info=info)
 
 
 def plan(session: Session, request: EvaluateRequest) -> list[PlanLine]:
@@ -250,7 +284,7 @@ def plan(session: Session, request: EvaluateRequest) -> list[PlanLine]:
 
 def _plan_shared_line(session: Session, prepared: Prepared, shared: SharedPlan, known: Mapping[str, float]) -> PlanLine:
     stage = shared.artefact.stage
-    missing = int(not session.store.folder(shared.artefact).is_dir())
+    missing = int(not session.store.has_folder(shared.artefact))
     seconds = _method_seconds(session, known, stage, prepared, shared.trained, missing * shared.trained)
     return PlanLine(ALL_CATEGORIES, stage, 1, missing, 0, 0, seconds)
 
@@ -282,10 +316,10 @@ def _plan_results(
     store, category = session.store, chain.samples.category
     trained, tested = len(chain.samples.train), len(chain.samples.test)
     if chain.experts is not None:
-        missing = int(not store.folder(chain.experts.artefact).is_dir())
+        missing = int(not store.has_folder(chain.experts.artefact))
         seconds = _method_seconds(session, known, FIT_EXPERTS, prepared, trained, missing * trained)
         yield PlanLine(category, FIT_EXPERTS, 1, missing, 0, 0, seconds)
-    missing = int(not store.folder(chain.fit).is_dir())
+    missing = int(not store.has_folder(chain.fit))
     method = prepared.run.build("cpu")
     memory = method.memory_estimate(trained)
     disk = missing * method.disk_estimate(trained) if isinstance(method, DiskEstimate) else 0
@@ -295,7 +329,7 @@ def _plan_results(
     left = sum(not store.has_tensors(artefact) for artefact in chain.predictions.values())
     seconds = _method_seconds(session, known, PREDICT, prepared, trained, left)
     yield PlanLine(category, "predict", tested, left, left * 201_000, 0, seconds)
-    missing = int(not store.path(chain.result, ".json").is_file())
+    missing = int(not store.has_record(chain.result))
     seconds = seconds_for(known, metrics_name(prepared.request.full_resolution), missing * tested)
     yield PlanLine(category, "evaluate", 1, missing, 0, tested * 250_000, seconds)
 

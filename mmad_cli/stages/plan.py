@@ -209,11 +209,11 @@ def clean_jobs(
     session: Session, dataset: Dataset, samples: CategorySamples, config: PreprocessConfig
 ) -> dict[str, CleanJob]:
     """A job per sample, by id."""
-    root: Path = session.store.root
+    store = session.store.address
     used = [(ref, used_files(ref, samples.raw[ref.id])) for ref in samples.all]
     own = dataset.own_background
     return {
-        ref.id: CleanJob(root, dataset, ref, config, raw, clean_key(config, raw, ref.part, own)) for ref, raw in used
+        ref.id: CleanJob(store, dataset, ref, config, raw, clean_key(config, raw, ref.part, own)) for ref, raw in used
     }
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from mmad_cli.stages.clean import STAGE as PREPROCESS
 from mmad_cli.stages.clean import CleanJob, recomputed
 from mmad_cli.stages.features import STAGE as EXTRACT
-from mmad_cli.stages.features import FeatureJob, batch_size, runs_in_pool
+from mmad_cli.stages.features import FeatureJob, runs_in_pool
 from mmad_cli.stages.session import Session
-from mmad_cli.stages.tasks import ExtractTask, clean_task, extract_task, run_all
+from mmad_cli.stages.tasks import clean_task, extract_task, extract_tasks, run_all
 from mmad_cli.stages.timing import Stopwatch, extract_name, preprocess_name, raw_megabytes
 from mmad_cli.store import Artefact, CorruptArtefactError, make_key
 
@@ -40,7 +40,7 @@ def preprocess_category(session: Session, category: str, jobs: Mapping[str, Clea
         reporter=session.reporter,
         watch=watch,
     )
-    if missing and not failures:
+    if missing and not failures and session.cluster is None:
         watch.record(session, preprocess_name(missing[0].config, workers), raw_megabytes(missing[0]))
     _write_manifest(session, PREPROCESS, category, {id_: job.key for id_, job in jobs.items() if id_ not in failures})
     return StageReport(category, len(jobs), len(missing) - len(failures), failures)
@@ -55,12 +55,11 @@ def extract_category(session: Session, category: str, features: Mapping[str, Map
         missing = [job for job in jobs.values() if _described(session, job.artefact) is None]
         total += len(jobs)
         if not missing:
+            _write_manifest(session, EXTRACT, category, {i: job.key for i, job in jobs.items()}, known=True)
             continue
         spec = missing[0].spec
-        device = session.resolve_device()
-        in_pool = runs_in_pool(spec)
-        size = 1 if in_pool else batch_size(spec, device)
-        tasks = [ExtractTask(tuple(missing[i : i + size]), device) for i in range(0, len(missing), size)]
+        in_pool = runs_in_pool(spec) or session.cluster is not None
+        tasks = extract_tasks(session, missing)
         workers = session.pool_workers(len(tasks)) if in_pool else 1
         watch = Stopwatch(workers)
         failed = run_all(
@@ -72,19 +71,21 @@ def extract_category(session: Session, category: str, features: Mapping[str, Map
             reporter=session.reporter,
             watch=watch,
         )
-        if not failed:
-            watch.record(session, extract_name(spec, device, workers))
+        if not failed and session.cluster is None:
+            watch.record(session, extract_name(spec, session.resolve_device(), workers))
         failures.update(failed)
         computed += len(missing) - len(failed)
         _write_manifest(session, EXTRACT, category, {i: job.key for i, job in jobs.items() if i not in failed})
     return StageReport(category, total, computed, failures)
 
 
-def _write_manifest(session: Session, stage: str, category: str, keys: Mapping[str, str]) -> None:
-    """List a stage's artefacts for a category with their digests."""
+def _write_manifest(session: Session, stage: str, category: str, keys: Mapping[str, str], known: bool = False) -> None:
+    """List a stage's artefacts for a category with their digests; `known`: only where there is no such list yet."""
+    key = make_key(f"{stage}-manifest", 1, category=category, keys=dict(keys))
+    if known and session.store.has_manifest(stage, category, key):
+        return
     described = {id_: _described(session, Artefact(stage, category, key)) for id_, key in keys.items()}
     samples = {id_: what for id_, what in described.items() if what is not None}
-    key = make_key(f"{stage}-manifest", 1, category=category, keys=dict(keys))
     session.store.write_manifest(stage, category, key, {"stage": stage, "category": category, "samples": samples})
 
 

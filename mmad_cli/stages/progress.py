@@ -19,6 +19,23 @@ class Reporter(Protocol):
         """Something the user should know, in one line."""
 
 
+class Collector:
+    """Keeps notices for whoever sent the work."""
+
+    def __init__(self) -> None:
+        self.notices: list[str] = []
+
+    @contextlib.contextmanager
+    def task(self, title: str, total: int) -> Iterator[Advance]:
+        """A bar that is not drawn."""
+        yield lambda done, total: None
+
+    def notice(self, message: str) -> None:
+        """Keep the message, once."""
+        if message not in self.notices:
+            self.notices.append(message)
+
+
 class SilentReporter:
     """Shows nothing."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -10,11 +12,32 @@ from typing import TypeVar
 from mmad_cli.errors import UNFORESEEN, DataError, unforeseen
 from mmad_cli.stages.clean import CleanJob, load_clean
 from mmad_cli.stages.executor import run_tasks
-from mmad_cli.stages.features import FeatureJob, extract_batch
+from mmad_cli.stages.features import FeatureJob, batch_size, extract_batch, runs_in_pool
 from mmad_cli.stages.progress import Reporter
+from mmad_cli.stages.session import Session, resolve_device
 from mmad_cli.stages.timing import Stopwatch
 
 Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+# Samples per task on a cluster, where networks are not loaded by who hands the tasks out
+_CLUSTER_BATCH = 8
+_LOST = "every worker of the cluster that tried it died (often: out of memory); run the same command again"
+_one_at_a_time = threading.RLock()
+
+
+def one_at_a_time(function: Callable[[Job], Result]) -> Callable[[Job], Result]:
+    """A task that waits for others of its process: workers of a cluster may have several threads.
+
+    The numeric libraries seed their random numbers and set their threads for a whole process.
+    """
+
+    @functools.wraps(function)
+    def alone(job: Job) -> Result:
+        with _one_at_a_time:
+            return function(job)
+
+    return alone
 
 
 @dataclass
@@ -26,6 +49,7 @@ class Outcome:
     samples: int = 1
 
 
+@one_at_a_time
 def clean_task(job: CleanJob) -> Outcome:
     """Clean one scan into the store."""
     outcome = Outcome()
@@ -51,11 +75,12 @@ class ExtractTask:
     device: str
 
 
+@one_at_a_time
 def extract_task(task: ExtractTask) -> Outcome:
     """Extract a batch into the store; if it fails, one by one, so that the failing sample is named."""
     outcome = Outcome(samples=len(task.jobs))
     try:
-        extract_batch(task.jobs, task.device, outcome.notices.append)
+        extract_batch(task.jobs, resolve_device(task.device)[0], outcome.notices.append)
     except (DataError, *UNFORESEEN) as error:
         if len(task.jobs) == 1:
             outcome.failures[task.jobs[0].clean.ref.id] = _said(error, task.jobs[0].clean)
@@ -65,6 +90,17 @@ def extract_task(task: ExtractTask) -> Outcome:
             outcome.notices += single.notices
             outcome.failures.update(single.failures)
     return outcome
+
+
+def extract_tasks(session: Session, jobs: Sequence[FeatureJob]) -> list[ExtractTask]:
+    """The jobs, all of one feature, in batches."""
+    if session.cluster is not None:
+        # which device a worker has, it knows itself
+        device, size = session.device, 1 if runs_in_pool(jobs[0].spec) else _CLUSTER_BATCH
+    else:
+        device = session.resolve_device()
+        size = 1 if runs_in_pool(jobs[0].spec) else batch_size(jobs[0].spec, device)
+    return [ExtractTask(tuple(jobs[i : i + size]), device) for i in range(0, len(jobs), size)]
 
 
 def run_all(
@@ -81,9 +117,14 @@ def run_all(
     failures: dict[str, str] = {}
     if not jobs:
         return failures
+
+    def lost(job: Job) -> Outcome:
+        ids = [one.clean.ref.id for one in job.jobs] if isinstance(job, ExtractTask) else [_sample_id(job)]
+        return Outcome(failures=dict.fromkeys(ids, _LOST), samples=len(ids))
+
     done = 0
     with reporter.task(title, total) as advance:
-        for _, outcome in run_tasks(executor, function, jobs):
+        for _, outcome in run_tasks(executor, function, jobs, lost=lost):
             for message in outcome.notices:
                 reporter.notice(message)
             failures.update(outcome.failures)
@@ -91,3 +132,7 @@ def run_all(
             watch.lap(done)
             advance(done, total)
     return failures
+
+
+def _sample_id(job: object) -> str:
+    return job.ref.id if isinstance(job, CleanJob) else str(getattr(job, "path", job))

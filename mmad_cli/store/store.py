@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ Tensors = dict[str, NDArray[Any]]
 
 ENVIRONMENT_VARIABLE = "MMAD_STORE"
 _METADATA = "mmad"
+# Holds the header of nearly every stored sample
+_HEADER_BYTES = 4096
 # A temporary name older than this belongs to a process that was killed
 _STALE_SECONDS = 3600.0
 # File systems take 255 bytes
@@ -64,7 +66,7 @@ class Artefact:
 class Problem:
     """A stored file that failed verification, and why."""
 
-    path: Path
+    path: Path | str
     reason: str
 
 
@@ -78,11 +80,13 @@ class Usage:
     bytes: int
 
 
-def default_root() -> Path:
+def default_root() -> str | Path:
     """`$MMAD_STORE`, else the user's cache folder."""
-    chosen = os.environ.get(ENVIRONMENT_VARIABLE)
-    if chosen:
-        return Path(chosen)
+    return os.environ.get(ENVIRONMENT_VARIABLE) or user_cache()
+
+
+def user_cache() -> Path:
+    """The folder that the system keeps for caches of this program."""
     from platformdirs import user_cache_path
 
     return user_cache_path("mmad", appauthor=False)
@@ -102,15 +106,23 @@ def safe_name(name: str) -> str:
 
 
 class Store:
-    """Artefacts below one root folder. Safe for several processes at once."""
+    """Artefacts below one root folder. Safe for several processes at once.
 
-    def __init__(self, root: Path | None = None) -> None:
+    root: also holds what belongs to this machine: locks, digests of raw files, timings, unfinished trainings.
+    """
+
+    def __init__(self, root: str | Path | None = None) -> None:
         try:
-            self.root = (root or default_root()).expanduser().absolute()
+            self.root = Path(root or default_root()).expanduser().absolute()
         except RuntimeError as error:
             raise UsageError(f"--store: {error}; name a folder with --store or ${ENVIRONMENT_VARIABLE}") from error
         if os.path.lexists(self.root) and not os.path.isdir(self.root):  # noqa: PTH112 - Path raises without permission
             raise UsageError(f"--store: {self.root} is not a folder; name one with --store or ${ENVIRONMENT_VARIABLE}")
+
+    @property
+    def address(self) -> str:
+        """What `open_store` takes, in any process that sees the same place."""
+        return str(self.root)
 
     # -- places ----------------------------------------------------------------------------------------------
 
@@ -122,9 +134,32 @@ class Store:
         """Where a file artefact lies."""
         return self.folder(artefact).with_name(artefact.key + suffix)
 
-    def manifest_path(self, stage: str, category: str, key: str) -> Path:
-        """Where the manifest of a stage and category lies."""
-        return self.root / "manifests" / stage / safe_name(category) / f"{key}.json"
+    def place(self, name: str) -> str:
+        """Where a file of the store lies, as a user would name it."""
+        return str(self.root / name)
+
+    @staticmethod
+    def _name(artefact: Artefact, suffix: str) -> str:
+        return f"{artefact.stage}/{safe_name(artefact.category)}/{artefact.key}{suffix}"
+
+    # -- what another kind of place does in its own way ------------------------------------------------------
+
+    def _exists(self, name: str) -> bool:
+        return (self.root / name).is_file()
+
+    def _read(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
+    def _read_start(self, name: str, count: int) -> tuple[bytes, int]:
+        """The first bytes of a file (at most `count`) and its size."""
+        with (self.root / name).open("rb") as file:
+            return file.read(count), os.fstat(file.fileno()).st_size
+
+    def _remove(self, name: str) -> None:
+        (self.root / name).unlink(missing_ok=True)
+
+    def _write(self, name: str, data: bytes) -> None:
+        atomic_write(self.root / name, data)
 
     @contextlib.contextmanager
     def lock(self, artefact: Artefact) -> Iterator[None]:
@@ -145,7 +180,15 @@ class Store:
 
     def has_tensors(self, artefact: Artefact) -> bool:
         """Whether the file is there (its content is checked on reading)."""
-        return self.path(artefact).is_file()
+        return self._exists(self._name(artefact, ".safetensors"))
+
+    def has_record(self, artefact: Artefact) -> bool:
+        """Whether the record is there."""
+        return self._exists(self._name(artefact, ".json"))
+
+    def has_folder(self, artefact: Artefact) -> bool:
+        """Whether the fitted method is there."""
+        return self.folder(artefact).is_dir()
 
     def write_tensors(self, artefact: Artefact, tensors: Mapping[str, NDArray[Any]], info: Mapping[str, Any]) -> None:
         """Store named arrays and a JSON record beside them, atomically."""
@@ -154,23 +197,24 @@ class Store:
         arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
         text = canonical_json(dict(info))
         header = {_METADATA: text, "digest": digest_tensors(arrays, text)}
-        atomic_write(self.path(artefact), save(arrays, metadata=header))
+        self._write(self._name(artefact, ".safetensors"), save(arrays, metadata=header))
 
     def read_tensors(self, artefact: Artefact) -> tuple[Tensors, dict[str, Any]]:
         """Read and verify. Raises FileNotFoundError, or CorruptArtefactError naming the file."""
-        path = self.path(artefact)
-        return _parse_tensors(path, path.read_bytes())
+        name = self._name(artefact, ".safetensors")
+        return parse_tensors(self.place(name), self._read(name))
 
     def describe(self, artefact: Artefact) -> dict[str, Any]:
         """Key, digest and size of a stored file, from its header alone.
 
         Raises FileNotFoundError, or CorruptArtefactError naming the file.
         """
-        path = self.path(artefact)
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            digest = _header(path, file.read(min(length, size)))["digest"]
+        name = self._name(artefact, ".safetensors")
+        start, size = self._read_start(name, _HEADER_BYTES)
+        length = int.from_bytes(start[:8], "little")
+        if len(start) < min(8 + length, size):
+            start, size = self._read_start(name, min(8 + length, size))
+        digest = _header(self.place(name), start[8 : 8 + length])["digest"]
         return {"key": artefact.key, "digest": digest, "bytes": size}
 
     def remove(self, artefact: Artefact) -> None:
@@ -212,7 +256,7 @@ class Store:
             raise FileNotFoundError(folder)
         manifest = _read_record(manifest_path)
         for name, digest in manifest["files"].items():
-            if _digest_file(folder / name) != digest:
+            if digest_file(folder / name) != digest:
                 raise _corrupt(folder / name, "its content does not match the recorded digest")
         return folder, dict(manifest["info"])
 
@@ -222,29 +266,44 @@ class Store:
         with atomic_folder(self.folder(artefact)) as temporary:
             yield temporary
             names = sorted(p.relative_to(temporary).as_posix() for p in temporary.rglob("*") if p.is_file())
-            record = {"files": {name: _digest_file(temporary / name) for name in names}, "info": info}
-            atomic_write(temporary / "manifest.json", _record_bytes(record))
+            record = {"files": {name: digest_file(temporary / name) for name in names}, "info": info}
+            atomic_write(temporary / "manifest.json", record_bytes(record))
 
     # -- small records ---------------------------------------------------------------------------------------
 
     def write_record(self, artefact: Artefact, record: Mapping[str, Any]) -> None:
         """Store a JSON record with its digest."""
-        atomic_write(self.path(artefact, ".json"), _record_bytes(record))
+        self._write(self._name(artefact, ".json"), record_bytes(record))
 
     def read_record(self, artefact: Artefact) -> dict[str, Any]:
         """Read and verify a JSON record. Raises FileNotFoundError or CorruptArtefactError."""
-        return _read_record(self.path(artefact, ".json"))
+        name = self._name(artefact, ".json")
+        return parse_record(self.place(name), self._read(name))
 
     def write_manifest(self, stage: str, category: str, key: str, record: Mapping[str, Any]) -> None:
         """Record which artefacts make up the output of a stage for a category."""
-        path = self.manifest_path(stage, category, key)
-        data = _record_bytes(record)
-        if not path.is_file() or path.read_bytes() != data:
-            atomic_write(path, data)
+        name = f"manifests/{stage}/{safe_name(category)}/{key}.json"
+        data = record_bytes(record)
+        with contextlib.suppress(FileNotFoundError):
+            if self._read(name) == data:
+                return
+        self._write(name, data)
+
+    def has_manifest(self, stage: str, category: str, key: str) -> bool:
+        """Whether the manifest is there."""
+        return self._exists(f"manifests/{stage}/{safe_name(category)}/{key}.json")
 
     def write_run(self, run_id: str, record: Mapping[str, Any]) -> None:
         """Record where a run lies and which artefacts it needs."""
-        atomic_write(self.root / "runs" / f"{run_id}.json", _record_bytes(record))
+        self._write(f"runs/{run_id}.json", record_bytes(record))
+
+    def remove_run(self, run_id: str) -> None:
+        """Forget the record of a run."""
+        self._remove(f"runs/{run_id}.json")
+
+    def has_run(self, run_id: str) -> bool:
+        """Whether a run of that name is recorded."""
+        return self._exists(f"runs/{run_id}.json")
 
     # -- housekeeping ----------------------------------------------------------------------------------------
 
@@ -275,7 +334,7 @@ class Store:
                 progress(done, len(files))
         return problems
 
-    def prune(self, dry_run: bool = False) -> tuple[list[Path], int]:
+    def prune(self, dry_run: bool = False) -> tuple[Sequence[Path | str], int]:
         """Remove what no existing run needs, stale temporary files and idle locks; return paths and bytes.
 
         A run exists as long as its folder does; one that was interrupted before its first summary counts too. A run
@@ -367,11 +426,12 @@ def _modified(path: Path) -> float:
         return math.inf
 
 
-def _corrupt(path: Path, reason: str) -> CorruptArtefactError:
+def _corrupt(path: Path | str, reason: str) -> CorruptArtefactError:
     return CorruptArtefactError(f"{path}: damaged ({reason})")
 
 
-def _parse_tensors(path: Path, data: bytes) -> tuple[Tensors, dict[str, Any]]:
+def parse_tensors(path: Path | str, data: bytes) -> tuple[Tensors, dict[str, Any]]:
+    """Arrays and record of a stored file. Raises CorruptArtefactError naming `path`."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -385,7 +445,7 @@ def _parse_tensors(path: Path, data: bytes) -> tuple[Tensors, dict[str, Any]]:
     return tensors, json.loads(header[_METADATA])
 
 
-def _header(path: Path, text: bytes) -> dict[str, str]:
+def _header(path: Path | str, text: bytes) -> dict[str, str]:
     try:
         metadata = json.loads(text)["__metadata__"]
         return {_METADATA: metadata[_METADATA], "digest": metadata["digest"]}
@@ -393,14 +453,19 @@ def _header(path: Path, text: bytes) -> dict[str, str]:
         raise _corrupt(path, f"its header cannot be read: {error}") from error
 
 
-def _record_bytes(record: Mapping[str, Any]) -> bytes:
+def record_bytes(record: Mapping[str, Any]) -> bytes:
+    """A JSON record with its digest, as it is stored."""
     # the digest is over the canonical form, so the order that a reader will see can be kept
     digest = digest_bytes(canonical_json(dict(record)).encode())
     return json.dumps({"digest": digest, "record": dict(record)}, indent=1).encode()
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
+    return parse_record(path, path.read_bytes())
+
+
+def parse_record(path: Path | str, data: bytes) -> dict[str, Any]:
+    """A stored JSON record. Raises CorruptArtefactError naming `path`."""
     try:
         content = json.loads(data)
         record, digest = content["record"], content["digest"]
@@ -419,7 +484,8 @@ def _manifest_keys(path: Path) -> set[str]:
         return set()
 
 
-def _digest_file(path: Path) -> str:
+def digest_file(path: Path) -> str:
+    """blake2b of a file. Raises CorruptArtefactError where it is missing."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
@@ -429,11 +495,11 @@ def _digest_file(path: Path) -> str:
 
 def _verify_file(path: Path) -> None:
     if path.suffix == ".safetensors" and not (path.parent / "manifest.json").is_file():
-        _parse_tensors(path, path.read_bytes())
+        parse_tensors(path, path.read_bytes())
     elif path.name == "manifest.json":
         manifest = _read_record(path)
         for name, digest in manifest["files"].items():
-            if _digest_file(path.parent / name) != digest:
+            if digest_file(path.parent / name) != digest:
                 raise _corrupt(path.parent / name, "its content does not match the recorded digest")
     elif path.suffix == ".json" and not (path.parent / "manifest.json").is_file():
         _read_record(path)

@@ -1,0 +1,135 @@
+"""A Dask cluster as the place where tasks run: connecting to it, and making sure that its workers fit the work.
+
+Everything else is Dask's: `Client.get_executor` gives the executor, the scheduler runs the tasks of a lost worker
+again on another one. Tasks find their inputs and leave their results in the store, so a second run of one finds what
+the first one finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmad_cli.errors import MmadError, StoreError, UsageError
+
+if TYPE_CHECKING:
+    from mmad_cli.store import Store
+
+_CONNECT_SECONDS = 20
+# for a cluster that is still starting its workers
+_WORKERS_SECONDS = 60
+# what a task may try again when it raises, for a store that did not answer; a lost worker is the scheduler's affair
+_RETRIES = 2
+# their versions are in keys or change numbers
+_COMPARED = ("mmad-cli", "numpy", "torch", "timm", "open3d", "faiss", "scikit-learn")
+
+
+class Cluster:
+    """A connection to the scheduler of a Dask cluster. Raises UsageError naming --dask when there is none."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._client: Any = _connect(address)
+
+    def executor(self) -> Executor:
+        """Runs tasks on the workers; every call is a task of its own."""
+        executor: Executor = self._client.get_executor(pure=False, retries=_RETRIES)
+        return executor
+
+    def workers(self) -> int:
+        """Workers at this moment, at least 1."""
+        return max(1, len(self._client.scheduler_info(n_workers=-1)["workers"]))
+
+    def check(self, store: Store, data: Path, weights: Mapping[str, str]) -> None:
+        """Make sure that every worker has the same versions and weights, and sees the dataset and the store.
+
+        Raises UsageError naming the first worker that does not.
+        """
+        if store.address.startswith("memory:"):
+            raise UsageError("--store memory://: is in one process only; workers need a shared folder or an address")
+        token = f"cluster-check-{self._client.id}"
+        store.write_run(token, {"folder": "/nonexistent", "keys": []})
+        own = _versions()
+        try:
+            answers = self._client.run(_look_around, store.address, str(data), dict(weights), token)
+        finally:
+            store.remove_run(token)
+        for worker, found in answers.items():
+            if found["problem"] is not None:
+                raise UsageError(f"--dask: worker {worker}: {found['problem']}")
+            for name, version in own.items():
+                if found["versions"].get(name) != version:
+                    raise UsageError(
+                        f"--dask: worker {worker} has {name} {found['versions'].get(name)}, this command {version}; "
+                        "install the same versions everywhere"
+                    )
+
+    def close(self) -> None:
+        """Leave the cluster; what has not started is dropped."""
+        self._client.close()
+
+
+def _connect(address: str) -> Any:
+    try:
+        import distributed
+    except ImportError as error:
+        raise UsageError("--dask: needs the package distributed; pip install 'mmad-cli[dask]'") from error
+    try:
+        make_client: Any = distributed.Client
+        client = make_client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"--dask {address}: no scheduler answers there ({error or type(error).__name__}); "
+            "start one with `dask scheduler` and give its address, such as tcp://host:8786"
+        ) from error
+    try:
+        client.wait_for_workers(1, timeout=_WORKERS_SECONDS)
+    except TimeoutError as error:
+        client.close()
+        raise UsageError(
+            f"--dask {address}: the cluster has no workers; start some with `dask worker {address} --nthreads 1`"
+        ) from error
+    return client
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether the scheduler gave a task up because workers died over it again and again."""
+    return type(error).__name__ == "KilledWorker"
+
+
+def lost_scheduler() -> StoreError:
+    """What a user is told when tasks are dropped."""
+    return StoreError(
+        "the Dask cluster dropped the work (is the scheduler still there?). What was finished is kept; "
+        "run the same command again"
+    )
+
+
+def _versions() -> dict[str, str | None]:
+    from mmad_cli._version import __version__
+    from mmad_cli.store import library_versions
+
+    return {**library_versions(name for name in _COMPARED if name != "mmad-cli"), "mmad-cli": __version__}
+
+
+def _look_around(store: str, data: str, weights: dict[str, str], token: str) -> dict[str, Any]:
+    """Runs on a worker: its versions, and what is wrong there."""
+    return {"versions": _versions(), "problem": _problem(store, data, weights, token)}
+
+
+def _problem(store: str, data: str, weights: dict[str, str], token: str) -> str | None:
+    from mmad_cli.backbones.weights import resolve
+    from mmad_cli.store import open_store
+
+    if not Path(data).is_dir():
+        return f"does not see the dataset {data}; it must lie at the same path on every machine"
+    try:
+        seen = open_store(store).has_run(token)
+        different = [name for name, digest in weights.items() if resolve(name).sha256 != digest]
+    except MmadError as error:
+        return str(error)
+    if not seen:
+        return f"does not see the same store at {store}; name a shared folder or an object address with --store"
+    return f"has another file for the weights {', '.join(different)}" if different else None

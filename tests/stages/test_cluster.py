@@ -1,0 +1,228 @@
+"""A Dask cluster of two worker processes: same numbers as in one process, and a killed worker costs its task only."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mmad_cli.errors import UsageError
+from mmad_cli.results.runs import read_scores
+from mmad_cli.stages.cluster import Cluster
+from mmad_cli.stages.evaluate import evaluate_all
+from mmad_cli.stages.plan import Selection
+from mmad_cli.stages.progress import Collector
+from mmad_cli.stages.request import EvaluateRequest
+from mmad_cli.stages.session import Session
+from mmad_cli.store import Store
+
+pytest.importorskip("distributed")
+
+Numbers = dict[str, object]
+
+LOOPBACK: list[list[str]] = [[], []]
+
+
+class WorkerProcesses:
+    """A scheduler and two workers, all processes of their own; `before` is put in front of each worker's command."""
+
+    def __init__(self, folder: Path, host: str = "127.0.0.1", before: list[list[str]] = LOOPBACK) -> None:
+        self.folder, self.file = folder, folder / "scheduler.json"
+        folder.mkdir()
+        self.scheduler = self._start(
+            [], "dask_scheduler", "--host", host, "--port", "0", "--no-dashboard", "--scheduler-file", str(self.file)
+        )
+        _wait(lambda: self.file.is_file() and bool(self.file.read_text()))
+        self.address = json.loads(self.file.read_text())["address"]
+        self.workers = [self.add_worker(command) for command in before]
+
+    def add_worker(self, before: list[str]) -> subprocess.Popen[bytes]:
+        options = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--local-directory", str(self.folder)]
+        return self._start(before, "dask_worker", self.address, *options)
+
+    def _start(self, before: list[str], what: str, *arguments: str) -> subprocess.Popen[bytes]:
+        command = [*before, sys.executable, "-m", f"distributed.cli.{what}", *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        log = (self.folder / f"{what}-{time.monotonic_ns()}.log").open("wb")
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+    def stop(self) -> None:
+        for process in (*self.workers, self.scheduler):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _wait(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def serial(_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """The numbers of one process."""
+    folder = tmp_path_factory.mktemp("serial")
+    evaluate_on(None, _tiny, folder / "store", folder / "out")
+    return numbers(folder / "out")
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[WorkerProcesses]:
+    started = WorkerProcesses(tmp_path / "cluster")
+    yield started
+    started.stop()
+
+
+def requests(data: Path, out: Path) -> list[EvaluateRequest]:
+    """The grid: one method, two seeds, all categories."""
+    return [EvaluateRequest(data, "btf", "raw", selection=Selection(seed=seed), out=out / str(seed)) for seed in (0, 1)]
+
+
+def numbers(folder: Path) -> dict[str, object]:
+    """Metrics and scores of all runs below a folder."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("summary.json")):
+        summary = json.loads(path.read_text())
+        for name, category in summary["categories"].items():
+            scores = read_scores(path.parent / name / "scores.csv")
+            found[f"{path.parent.name}/{name}"] = (category["status"], category["metrics"], scores)
+    return found
+
+
+def evaluate_on(address: str | None, data: Path, store: str | Path, out: Path) -> list[str]:
+    reporter = Collector()
+    workers = 1 if address is None else None
+    with Session(Store(store), workers=workers, device="cpu", dask=address, reporter=reporter) as session:
+        evaluate_all(session, requests(data, out))
+    return reporter.notices
+
+
+def test_two_worker_processes_give_the_serial_numbers(
+    cluster: WorkerProcesses, serial: Numbers, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    assert evaluate_on(cluster.address, tiny_dataset, tmp_path / "store", tmp_path / "out") == []
+    assert numbers(tmp_path / "out") == serial
+    assert len(numbers(tmp_path / "out")) == 4
+    assert not list((tmp_path / "store" / "runs").glob("cluster-check*"))
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_its_task_only(
+    cluster: WorkerProcesses, serial: Numbers, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    """The worker dies while it computes; what it had finished stays, and the other one does the rest."""
+    store = tmp_path / "store"
+    command = [sys.executable, "-m", "mmad_cli", "evaluate", str(tiny_dataset), "--method", "btf", "--variant", "raw"]
+    options = ["--seed", "0", "--seed", "1", "--store", str(store), "--out", str(tmp_path / "out")]
+    running = subprocess.Popen(
+        [*command, *options, "--device", "cpu", "--dask", cluster.address], stderr=subprocess.PIPE
+    )
+    # some scans are clean, not all: the cluster is in the middle
+    _wait(lambda: len(list((store / "preprocess").rglob("*.safetensors"))) >= 2)
+    finished = {path: path.stat().st_mtime_ns for path in (store / "preprocess").rglob("*.safetensors")}
+    os.killpg(cluster.workers[0].pid, signal.SIGKILL)
+    assert running.wait(timeout=240) == 0, running.stderr and running.stderr.read()
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert list(numbers(tmp_path / "out").values()) == list(serial.values())
+
+
+@pytest.mark.slow
+def test_a_failing_sample_fails_its_category_as_in_one_process(
+    cluster: WorkerProcesses, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    broken = tiny_dataset / "cube" / "train" / "good" / "xyz" / "001.tiff"
+    broken.write_bytes(b"no scan")
+    evaluate_on(cluster.address, tiny_dataset, tmp_path / "store", tmp_path / "out")
+    found = {key: value[0] for key, value in _statuses(tmp_path / "out").items()}
+    assert found == {"0/block": "ok", "0/cube": "failed", "1/block": "ok", "1/cube": "failed"}
+    assert all(str(broken) in value[1] for key, value in _statuses(tmp_path / "out").items() if "cube" in key)
+
+
+def _statuses(folder: Path) -> dict[str, tuple[str, str]]:
+    return {
+        f"{path.parent.name}/{name}": (category["status"], category["error"] or "")
+        for path in sorted(folder.rglob("summary.json"))
+        for name, category in json.loads(path.read_text())["categories"].items()
+    }
+
+
+def test_what_is_wrong_with_the_cluster_is_said(cluster: WorkerProcesses, tiny_dataset: Path, tmp_path: Path) -> None:
+    connection = Cluster(cluster.address)
+    with pytest.raises(UsageError, match=r"does not see the dataset /nowhere"):
+        connection.check(Store(tmp_path / "store"), Path("/nowhere"), {})
+    with pytest.raises(UsageError, match=r"worker tcp://.*resnet18\.tv_in1k"):
+        connection.check(Store(tmp_path / "store"), tiny_dataset, {"resnet18.tv_in1k": "0" * 64})
+    connection.close()
+    with pytest.raises(UsageError, match=r"--workers: the cluster of --dask"):
+        Session(Store(tmp_path / "store"), workers=2, dask=cluster.address)
+
+
+def test_no_scheduler_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmad_cli.stages.cluster._CONNECT_SECONDS", 1)
+    with pytest.raises(UsageError, match=r"--dask tcp://127\.0\.0\.1:9: no scheduler answers"):
+        Cluster("tcp://127.0.0.1:9")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="network namespaces need root")
+def test_workers_in_two_network_namespaces(serial: Numbers, tiny_dataset: Path, tmp_path: Path) -> None:
+    """Each worker sees the scheduler through a virtual network of its own, as on another machine."""
+    names = [f"mmad{os.getpid()}{letter}" for letter in "ab"]
+    try:
+        for number, name in enumerate(names):
+            _make_namespace(name, number)
+    except (OSError, subprocess.CalledProcessError) as error:
+        _drop_namespaces(names)
+        pytest.skip(f"network namespaces cannot be made here: {error}")
+    started = None
+    try:
+        before = [["ip", "netns", "exec", name] for name in names]
+        started = WorkerProcesses(tmp_path / "cluster", "0.0.0.0", [])
+        port = started.address.rsplit(":", 1)[1]
+        for number, command in enumerate(before):
+            started.address = f"tcp://10.231.{number}.1:{port}"
+            started.workers.append(started.add_worker(command))
+        address = f"tcp://127.0.0.1:{port}"
+        with_both = Cluster(address)
+        _wait(lambda: with_both.workers() == 2)
+        hosts = {worker.split("//")[1].split(":")[0] for worker in with_both._client.scheduler_info()["workers"]}
+        assert hosts == {"10.231.0.2", "10.231.1.2"}
+        with_both.close()
+        evaluate_on(address, tiny_dataset, tmp_path / "store", tmp_path / "out")
+        assert numbers(tmp_path / "out") == serial
+    finally:
+        if started is not None:
+            started.stop()
+        _drop_namespaces(names)
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+def _make_namespace(name: str, number: int) -> None:
+    """A namespace joined to this one by a pair of virtual Ethernet devices, 10.231.<number>.1 here and .2 there."""
+    here, there = f"mm{os.getpid()}h{number}", f"mm{os.getpid()}t{number}"
+    _ip("netns", "add", name)
+    _ip("link", "add", here, "type", "veth", "peer", "name", there)
+    _ip("link", "set", there, "netns", name)
+    _ip("addr", "add", f"10.231.{number}.1/24", "dev", here)
+    _ip("link", "set", here, "up")
+    _ip("-n", name, "addr", "add", f"10.231.{number}.2/24", "dev", there)
+    for device in (there, "lo"):
+        _ip("-n", name, "link", "set", device, "up")
+    _ip("-n", name, "route", "add", "default", "via", f"10.231.{number}.1")
+
+
+def _drop_namespaces(names: list[str]) -> None:
+    for name in names:
+        subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
