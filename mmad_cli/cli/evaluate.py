@@ -19,6 +19,7 @@ from mmad_cli.cli.options import (
     Force,
     Json,
     Limit,
+    MemoryLimit,
     Protocol,
     Recipe,
     RgbBackground,
@@ -93,6 +94,7 @@ def evaluate(
     device: Device = "auto",
     workers: Workers = None,
     dask: Dask = None,
+    memory_limit: MemoryLimit = None,
     save_maps: Annotated[bool, typer.Option("--save-maps", help="Write the anomaly maps into the run.")] = False,
     force: Force = False,
     out: Annotated[
@@ -125,7 +127,7 @@ def evaluate(
     from mmad_cli.stages.request import EvaluateRequest, check_without_data, prepare
 
     combinations = _combinations(method, variant or [], seed or [0])
-    with ConsoleReporter() as reporter, open_session(reporter, store, workers, device, dask) as session:
+    with ConsoleReporter() as reporter, open_session(reporter, store, workers, device, dask, memory_limit) as session:
         requests = [
             EvaluateRequest(
                 data=data or Path(),

@@ -18,6 +18,7 @@ from mmad_cli.cli.options import (
     Force,
     Json,
     Limit,
+    MemoryLimit,
     Protocol,
     Recipe,
     RgbBackground,
@@ -51,6 +52,7 @@ def fit(
     device: Device = "auto",
     workers: Workers = None,
     dask: Dask = None,
+    memory_limit: MemoryLimit = None,
     store: StoreOption = None,
     force: Force = False,
     checkpoints: Checkpoints = None,
@@ -87,6 +89,6 @@ def fit(
         checkpoints=checkpoints,
         export=export,
     )
-    with ConsoleReporter() as reporter, open_session(reporter, store, workers, device, dask) as session:
+    with ConsoleReporter() as reporter, open_session(reporter, store, workers, device, dask, memory_limit) as session:
         outcomes = pipeline.fit(session, request)
     return show_outcomes(outcomes, json)

@@ -34,6 +34,15 @@ Workers = Annotated[
     int | None, typer.Option("--workers", help="Worker processes; default: one per core.", show_default=False)
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-limit",
+        metavar="SIZE",
+        help="Memory for this process, such as 4GB: banks that need more are kept in mapped files.",
+        show_default=False,
+    ),
+]
 Categories = Annotated[
     list[str] | None,
     typer.Option("--category", "-c", help="Only this category; may be repeated.", show_default=False),
@@ -114,6 +123,7 @@ def open_session(
     workers: int | None = None,
     device: str = "auto",
     dask: str | None = None,
+    memory_limit: str | None = None,
 ) -> Session:
     """The session of a command: store, workers, device, progress on standard error."""
     from mmad_cli.stages.session import Session
@@ -121,7 +131,12 @@ def open_session(
     from mmad_cli.threads import default_threads
 
     default_threads()
-    return Session(store=open_store(store), workers=workers, device=device, reporter=reporter, dask=dask)
+    limit = None
+    if memory_limit is not None:
+        from mmad_cli.memory.limit import parse_memory
+
+        limit = parse_memory(memory_limit)
+    return Session(open_store(store), workers, device, dask, limit, reporter)
 
 
 def preprocessing_settings(rgb_background: str | None, debris: str | None) -> dict[str, str]:

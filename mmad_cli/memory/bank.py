@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from mmad_cli.memory.limit import bounded_empty, fits
 from mmad_cli.types import FloatArray, IndexArray
 
 if TYPE_CHECKING:
@@ -171,7 +172,12 @@ class MemoryBank:
             if {"config", "scale"} - metadata.keys() or {"rows", "picks"} - set(file.keys()):
                 raise ValueError(f"path: must be a memory bank file, got {path}")
             bank = cls(BankConfig.model_validate_json(metadata["config"]))
-            bank.rows_, bank.picks_ = file.get_tensor("rows"), file.get_tensor("picks")
+            bank.picks_ = file.get_tensor("picks")
+            shape = file.get_slice("rows").get_shape()
+            if fits(4 * int(np.prod(shape))):
+                bank.rows_ = file.get_tensor("rows")
+            else:
+                bank.rows_ = _mapped_rows(Path(path))
         bank.mean_, bank.std_ = json.loads(metadata["scale"])
         bank.device = device
         return bank
@@ -216,7 +222,10 @@ class MemoryBank:
 
         projector = Projector(self._projection(n_rows, n_channels, stream), self.device)
         width = n_channels if projector.weight is None else projector.weight.shape[0]
-        out = torch.empty((n_rows, width), dtype=torch.float32, device=self.device)
+        if self.device == "cpu":
+            out = torch.from_numpy(bounded_empty((n_rows, width)))
+        else:
+            out = torch.empty((n_rows, width), dtype=torch.float32, device=self.device)
         for position, block in self._normalised(blocks, n_rows, n_channels):
             out[position : position + len(block)] = projector(block)
         return out
@@ -234,8 +243,18 @@ class MemoryBank:
     def _gather(self, blocks: Blocks, n_rows: int, n_channels: int) -> FloatArray:
         order = np.argsort(self.picks_, kind="stable")
         ascending = self.picks_[order]
-        out = np.empty((len(order), n_channels), dtype=np.float32)
+        out = bounded_empty((len(order), n_channels))
         for position, block in self._normalised(blocks, n_rows, n_channels):
             begin, end = np.searchsorted(ascending, [position, position + len(block)])
             out[order[begin:end]] = block[ascending[begin:end] - position]
         return out
+
+
+def _mapped_rows(path: Path) -> FloatArray:
+    """The tensor `rows` of a safetensors file, read from the file when it is used."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))["rows"]
+    return np.memmap(
+        path, dtype=np.float32, mode="r", offset=8 + length + entry["data_offsets"][0], shape=tuple(entry["shape"])
+    )

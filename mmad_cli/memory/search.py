@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmad_cli.memory.expansion import squared_norms
+from mmad_cli.memory.limit import fits, tile_elements
 from mmad_cli.types import FloatArray, IndexArray
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ class FlatIndex:
     def __init__(
         self, rows: NDArray[Any], device: str = "cpu", backend: Literal["auto", "faiss", "torch"] = "auto"
     ) -> None:
-        self.rows: FloatArray = np.ascontiguousarray(rows, dtype=np.float32)
+        # a mapped bank stays mapped
+        mapped = isinstance(rows, np.memmap) and rows.dtype == np.float32 and rows.flags.c_contiguous
+        self.rows: FloatArray = rows if mapped else np.ascontiguousarray(rows, dtype=np.float32)
         if self.rows.ndim != 2 or self.rows.size == 0:
             raise ValueError(f"rows: must be a non-empty (M, C) matrix, got shape {np.shape(rows)}")
         self.device = device
@@ -79,7 +82,7 @@ class FlatIndex:
 
     def distances_to(self, queries: NDArray[Any], indices: IndexArray) -> FloatArray:
         """L2 distances (n, k) of queries (n, C) to the rows with the given indices (n, k), by differences."""
-        step = max(1, _TILE_ELEMENTS // (self.n_channels * max(1, indices.shape[1])))
+        step = max(1, tile_elements() // (self.n_channels * max(1, indices.shape[1])))
         out = np.empty(indices.shape, dtype=np.float32)
         for i in range(0, len(queries), step):
             difference = self.rows[indices[i : i + step]] - queries[i : i + step, None]
@@ -139,6 +142,26 @@ class _FaissSearcher:
         return found
 
 
+class _TiledFaissSearcher:
+    """FAISS over tiles of rows that stay where they are: no second copy of the bank is made."""
+
+    def __init__(self, rows: FloatArray, shift: FloatArray) -> None:
+        self.rows, self.shift = rows, shift
+
+    def search(self, queries: FloatArray, k: int) -> IndexArray:
+        faiss = import_faiss()
+        step = max(k, tile_elements() // self.rows.shape[1])
+        best = np.full((len(queries), k), np.inf, np.float32)
+        index = np.zeros((len(queries), k), np.int64)
+        for begin in range(0, len(self.rows), step):
+            rows = np.ascontiguousarray(self.rows[begin : begin + step] - self.shift)
+            values, at = faiss.knn(queries, rows, min(k, len(rows)))
+            both, where = np.concatenate([best, values], 1), np.concatenate([index, at + begin], 1)
+            order = np.argsort(both, axis=1, kind="stable")[:, :k]
+            best, index = np.take_along_axis(both, order, 1), np.take_along_axis(where, order, 1)
+        return index
+
+
 class _TorchSearcher:
     def __init__(self, rows: FloatArray, shift: FloatArray, device: str) -> None:
         import torch
@@ -176,12 +199,16 @@ class _TorchSearcher:
         return index
 
 
-def _make_searcher(rows: FloatArray, shift: FloatArray, device: str, backend: str) -> _FaissSearcher | _TorchSearcher:
+def _make_searcher(
+    rows: FloatArray, shift: FloatArray, device: str, backend: str
+) -> _FaissSearcher | _TiledFaissSearcher | _TorchSearcher:
     if backend not in ("auto", "faiss", "torch"):
         raise ValueError(f"backend: must be 'auto', 'faiss' or 'torch', got {backend!r}")
     if backend == "torch":
         return _TorchSearcher(rows, shift, device)
     on_gpu = device.startswith("cuda")
+    if not on_gpu and (isinstance(rows, np.memmap) or not fits(rows.nbytes)):
+        return _TiledFaissSearcher(rows, shift)
     gpus = getattr(import_faiss(), "get_num_gpus", lambda: 0)() if on_gpu else 0
     if backend == "faiss" or gpus or not on_gpu:
         number = device.partition(":")[2]

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mmad_cli.errors import UsageError
+from mmad_cli.memory.limit import set_memory_limit
 from mmad_cli.stages.cluster import Cluster
 from mmad_cli.stages.executor import close_pool, make_pool, resolve_workers
 from mmad_cli.stages.progress import Reporter, SilentReporter
@@ -25,6 +26,7 @@ class Session:
     workers: int | None = None
     device: str = "auto"
     dask: str | None = None
+    memory_limit: int | None = None
     reporter: Reporter = field(default_factory=SilentReporter)
     timings: Timings = field(init=False, repr=False)
     cluster: Cluster | None = field(default=None, init=False, repr=False)
@@ -33,8 +35,13 @@ class Session:
 
     def __post_init__(self) -> None:
         resolve_workers(self.workers)
+        set_memory_limit(self.memory_limit, self.store.root / "work")
         if self.dask is not None and self.workers is not None:
             raise UsageError("--workers: the cluster of --dask has its own workers; leave one of the two out")
+        if self.dask is not None and self.memory_limit is not None:
+            raise UsageError(
+                "--memory-limit: counts for this process only; give it to the workers: --memory-limit of dask"
+            )
         self.timings = Timings(self.store.root)
         if self.device not in DEVICES:
             raise UsageError(f"--device {self.device}: choose one of {', '.join(DEVICES)}")
@@ -49,6 +56,7 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        set_memory_limit(None)
         close_pool(self._executor)
         self._executor = None
         if self.cluster is not None:

@@ -1,0 +1,104 @@
+"""How much memory this process may take, and arrays that go to a mapped file when they would take more.
+
+The limit is one of the whole process, like its number of threads, and no part of any configuration: results are the
+same with and without. It counts memory that the system cannot write back to a file (anonymous memory); pages of a
+mapped file are cache, which the system takes back when it needs them.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from mmad_cli.errors import StoreError, UsageError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+# an array that takes more than this share of what is left goes to a file
+_SHARE = 0.5
+_LEAST = 32 << 20
+_LARGEST_TILE = 1 << 24
+
+_limit: int | None = None
+_folder: Path | None = None
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a size such as 4GB, 500M or 2e9. Raises UsageError naming --memory-limit."""
+    number = text.strip().lower().removesuffix("b").removesuffix("i")
+    unit = number[-1:] if number[-1:] in _UNITS else ""
+    try:
+        size = float(number.removesuffix(unit)) * _UNITS[unit]
+    except ValueError:
+        size = float("nan")
+    if not 0 < size < float("inf"):
+        raise UsageError(f"--memory-limit {text}: give a size such as 4GB or 500MB")
+    return int(size)
+
+
+def set_memory_limit(limit: int | None, folder: Path | None = None) -> None:
+    """Let arrays of banks keep this process below `limit` bytes; files lie in `folder`. None: no limit."""
+    global _limit, _folder
+    _limit, _folder = limit, folder
+
+
+def memory_left() -> int | None:
+    """Bytes below the limit, None without one. Raises UsageError naming --memory-limit when there is no room at all."""
+    if _limit is None:
+        return None
+    taken = anonymous_memory()
+    if _limit - taken < _LEAST:
+        raise UsageError(
+            f"--memory-limit: {_limit / 1e6:.0f} MB, and this process holds {taken / 1e6:.0f} MB already (networks, "
+            f"libraries, features of a sample); give at least {(taken + 4 * _LEAST) / 1e6:.0f} MB"
+        )
+    return _limit - taken
+
+
+def fits(size: int) -> bool:
+    """Whether an array of so many bytes is to be held in memory."""
+    left = memory_left()
+    return left is None or size <= _SHARE * left
+
+
+def tile_elements() -> int:
+    """Elements of the largest temporary float32 array of a search: fewer when little memory is left."""
+    left = memory_left()
+    return _LARGEST_TILE if left is None else max(1 << 18, min(_LARGEST_TILE, left // 32))
+
+
+def bounded_empty(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
+    """An array like `numpy.empty`, in memory or, where it does not fit, in a mapped file that vanishes with it.
+
+    Raises StoreError when the disk has no room for the file.
+    """
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    if size == 0 or fits(size):
+        return np.empty(shape, dtype)
+    if _folder is not None:
+        _folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(prefix=".tmp-", dir=_folder) as file:
+        try:
+            # reserved now: a disk that fills up later would kill the process
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise StoreError(
+                f"{_folder or tempfile.gettempdir()}: no room for {size / 1e9:.1f} GB that --memory-limit keeps out of "
+                f"memory ({error.strerror}); free some space, raise the limit or choose another --store"
+            ) from error
+        return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that no file stands behind; the peak of its memory where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
