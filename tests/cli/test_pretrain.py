@@ -73,6 +73,7 @@ def test_wrong_input(arguments: tuple[str, ...], words: str, mmad: Any) -> None:
 
 # every method that reads a network, with settings that keep the test short
 FAST = ("--set", "grid=32", "--set", "epochs=1", "--set", "groups=64", "--set", "group_size=32")
+PSEUDO = ("--set", "epochs=1", "--set", "pseudo_samples=4", "--set", "groups=64", "--set", "group_size=32")
 METHODS = {
     "m3dm": ("--set", "groups=64", "--set", "group_size=32"),
     "cfm": FAST,
@@ -80,7 +81,8 @@ METHODS = {
     "cmdr_iad": FAST,
     "patchcore": (),
     "btf": ("--variant", "rgb+fpfh"),
-    "g2sf": ("--set", "epochs=1", "--set", "pseudo_samples=4", "--set", "groups=64", "--set", "group_size=32"),
+    "g2sf": PSEUDO,
+    "iaenet": (*PSEUDO, "--set", "experts=image,points"),
 }
 
 
