@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint gate bench docs clean
+.PHONY: install demo test lint gate bench bench-gpu docs clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)  ## the environment: .venv with mmad and the development tools
@@ -30,6 +30,9 @@ gate: $(STAMP)  ## our own numbers on a small synthetic dataset against ci/btf-f
 
 bench: $(STAMP)  ## our speed against the published form, measured in one run
 	$(BIN)/python -m benchmarks
+
+bench-gpu: $(STAMP)  ## figures of a GPU; ends with 2 where there is none
+	$(BIN)/python -m benchmarks.gpu
 
 docs: $(STAMP)  ## generated pages (command-line reference, JSON Schema of a run), then the site under site/
 	$(BIN)/python tools/generate_docs.py
