@@ -238,7 +238,7 @@ def sources(config: IAENetConfig) -> list[Source]:
 DEFINITION = MethodDefinition(
     name="iaenet",
     title="importance-aware ensemble of experts",
-    version=1,
+    version=2,
     config=IAENetConfig,
     build=IAENet,
     variants={

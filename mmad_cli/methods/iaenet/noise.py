@@ -17,13 +17,14 @@ def with_noise(scan: Scan, expert: int, name: str) -> Scan:
 
     A score is the median of the expert's foreground scores in this scan times exp(z / 2), z standard normal, so it has
     the usual size and says nothing of where a defect is. Distances to further prototypes grow as they did. The numbers
-    come from the name of the scan and `name`, which tells pseudo anomalies of one scan apart. Background scores stay.
+    come from the name of the scan, from `name`, which tells pseudo anomalies of one scan apart, and from the scores
+    that they replace, since scans of other categories have the same names. Background scores stay.
     """
     look = scan.looks[expert]
     if not len(look.used):
         return scan
-    rng = np.random.default_rng(zlib.crc32(f"{scan.id}/{name}/{expert}".encode()))
     nearest = look.distances[:, :1]
+    rng = np.random.default_rng(zlib.crc32(nearest.tobytes(), zlib.crc32(f"{scan.id}/{name}/{expert}".encode())))
     middle = float(np.median(nearest[look.row]))
     drawn = (middle * np.exp(SPREAD * rng.standard_normal(nearest.shape))).astype(np.float32)
     growth = np.divide(look.distances, nearest, out=np.ones_like(look.distances), where=nearest > 0)

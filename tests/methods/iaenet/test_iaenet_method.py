@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -220,6 +222,14 @@ class TestNoise:
         assert not np.array_equal(after, with_noise(scan, 0, "1").scores[0][scan.front])
         np.testing.assert_array_equal(after, with_noise(scan, 0, "").scores[0][scan.front])
         assert not noisy.scores[0][~scan.front].any()
+
+    def test_scans_of_other_categories_with_the_same_name_have_other_noise(self) -> None:
+        method = fitted("mean")
+        scan = method.panel.scan(unseen(method))
+        look = scan.looks[0]
+        other = replace(scan, looks=(replace(look, distances=look.distances * np.float32(2)), *scan.looks[1:]))
+        first, second = (with_noise(one, 0, "").scores[0][scan.front] for one in (scan, other))
+        assert abs(np.corrcoef(first, second)[0, 1]) < 0.2
 
     def test_from_the_start_or_in_test_scans_only(self) -> None:
         plain, always, late = (
