@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint gate bench bench-gpu docs clean
+.PHONY: install demo test test-long lint gate bench bench-gpu docs clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)  ## the environment: .venv with mmad and the development tools
@@ -18,6 +18,9 @@ demo: $(STAMP)  ## M3DM with the built-in backbones on the default synthetic dat
 
 test: $(STAMP)  ## the whole test suite, on all cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+test-long: $(STAMP)  ## minutes more: 200 steps of each built-in network against the logged losses
+	MMAD_LONG_TESTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/pretraining -k test_200_steps
 
 lint: $(STAMP)  ## style, types, direction of imports
 	$(BIN)/ruff check .
