@@ -86,10 +86,13 @@ def default_root() -> str | Path:
 
 
 def user_cache() -> Path:
-    """The folder that the system keeps for caches of this program."""
+    """The folder that the system keeps for caches of this program. Raises UsageError where there is no home folder."""
     from platformdirs import user_cache_path
 
-    return user_cache_path("mmad", appauthor=False)
+    try:
+        return user_cache_path("mmad", appauthor=False)
+    except RuntimeError as error:
+        raise UsageError(f"--store: {error}; name a folder with --store or ${ENVIRONMENT_VARIABLE}") from error
 
 
 def safe_name(name: str) -> str:

@@ -15,6 +15,13 @@ from mmad_cli.methods.checks import MethodCheckError, check_method
 SMALL = {
     "cfm": {"epochs": 1, "grid": 32},
     "cmdr_iad": {"epochs": 1, "grid": 16},
+    "g2sf": {
+        "coreset_fraction": 0.02,
+        "pseudo_per_sample": 1,
+        "epochs": 1,
+        "batch_share": 1.0,
+        "consistency_share": 0.05,
+    },
     "iaenet": {
         "coreset_fraction": 0.02,
         "pseudo_per_sample": 1,
@@ -186,7 +193,7 @@ class NeedsTwo(Toy):
         (KeepsFirstFit, "second fit"),
         (LosesState, "saved and loaded"),
         (Silent, "must raise DataError"),
-        (Nameless, "must name test/good/000"),
+        (Nameless, "must name train/good/002"),
         (NeedsTwo, "one training image"),
     ],
 )
