@@ -81,8 +81,8 @@ def search(device: str, queries: int, rows: int, channels: int) -> list[dict[str
 
 def points(device: str, count: int, centres: int, size: int) -> dict[str, Any]:
     cloud = (np.random.default_rng(0).normal(size=(count, 3)) * 0.1 + 0.5).astype(np.float32)
-    _farthest_points_torch(cloud, 8, True, device)
-    sampling, chosen = timed(lambda: _farthest_points_torch(cloud, centres, True, device), device)
+    _farthest_points_torch([cloud], 8, True, device, [0])
+    sampling, chosen = timed(lambda: _farthest_points_torch([cloud], centres, True, device, [0])[0], device)
     grouping, groups = timed(lambda: _neighbours_torch(cloud, cloud[chosen], size, device), device)
     same = np.array_equal(chosen, farthest_points(cloud, centres))
     same_groups = np.array_equal(groups, group_neighbours(cloud, cloud[chosen], size))

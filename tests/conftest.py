@@ -88,3 +88,14 @@ def _private_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMAD_STORE", str(tmp_path / "private-store"))
     monkeypatch.setenv("MMAD_WEIGHTS", str(tmp_path / "private-weights"))
     monkeypatch.delenv("MMAD_DATA", raising=False)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def torch_device(request: pytest.FixtureRequest) -> str:
+    """Devices that PyTorch forms of a computation are tested on: the CPU always, a GPU where there is one."""
+    import torch
+
+    device = str(request.param)
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return device

@@ -7,11 +7,13 @@ points are chosen; distances are direct differences in float32 and ties go to th
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmad_cli.devices import elements_that_fit
 from mmad_cli.types import FloatArray, IndexArray
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ _PARKING_MARGIN = 0.6
 _SPARE = 16
 # the relative error of a squared distance in float32 is below 3e-7
 _ROUNDING = 1e-6
-_TILE_BYTES = 64 << 20
+# pairs of centre and point at a time on a device, 8 bytes each
+_DEVICE_PAIRS = 1 << 25
 
 
 def farthest_points(
@@ -44,16 +47,33 @@ def farthest_points(
     Raises ValueError for a wrong shape or count. Source: Qi et al., PointNet++ (arXiv 1706.02413), section 3.2;
     M3DM (arXiv 2303.00601) samples 1024 centres.
     """
-    cloud = _as_points(points, "points")
+    return farthest_points_of([points], count, skip_origin, device, [start])[0]
+
+
+def farthest_points_of(
+    clouds: Sequence[NDArray[np.floating[Any]]],
+    count: int,
+    skip_origin: bool = True,
+    device: str = "cpu",
+    starts: Sequence[int] | None = None,
+) -> list[IndexArray]:
+    """`farthest_points` of several clouds, each from its own start (0 by default); on a GPU in one loop.
+
+    There a step is a handful of kernels that take about as long for many clouds as for one. The same points are chosen
+    whichever clouds come together. Raises ValueError as `farthest_points`.
+    """
+    ready = [_as_points(points, "points") for points in clouds]
+    first = [0] * len(ready) if starts is None else list(starts)
     if count < 1:
         raise ValueError(f"count: should be at least 1, got {count}")
-    if not 0 <= start < len(cloud):
-        raise ValueError(f"start: should lie in 0..{len(cloud) - 1}, got {start}")
-    if len(cloud) < count:
-        _log.warning("%d centres of %d points: some repeat", count, len(cloud))
+    for cloud, start in zip(ready, first, strict=True):
+        if not 0 <= start < len(cloud):
+            raise ValueError(f"start: should lie in 0..{len(cloud) - 1}, got {start}")
+        if len(cloud) < count:
+            _log.warning("%d centres of %d points: some repeat", count, len(cloud))
     if device != "cpu":
-        return _farthest_points_torch(cloud, count, skip_origin, device, start)
-    return _farthest_points_numpy(cloud, count, skip_origin, start)
+        return _farthest_points_torch(ready, count, skip_origin, device, first)
+    return [_farthest_points_numpy(cloud, count, skip_origin, start) for cloud, start in zip(ready, first, strict=True)]
 
 
 def _farthest_points_numpy(cloud: FloatArray, count: int, skip_origin: bool, start: int) -> IndexArray:
@@ -119,20 +139,36 @@ def _with_parked(active: _Points, parked: list[tuple[int, _Points]], chosen: Flo
     return joined.part(np.argsort(index))
 
 
-def _farthest_points_torch(cloud: FloatArray, count: int, skip_origin: bool, device: str, start: int = 0) -> IndexArray:
-    """The same on a GPU; the index of the last choice never leaves it, so nothing waits for the host."""
+def _farthest_points_torch(
+    clouds: Sequence[FloatArray], count: int, skip_origin: bool, device: str, starts: Sequence[int]
+) -> list[IndexArray]:
+    """The same on a GPU, for all clouds in one loop; no choice leaves it before the end, so nothing waits for the host.
+
+    Shorter clouds are filled up with points that are never the farthest: of equal distances the first one counts, and
+    the filling comes last.
+    """
     import torch
 
+    if not clouds:
+        return []
+    axes = np.zeros((len(clouds), 3, max(map(len, clouds))), dtype=np.float32)
+    start_distance = np.full((axes.shape[0], axes.shape[2]), -1, dtype=np.float32)
+    for number, cloud in enumerate(clouds):
+        axes[number, :, : len(cloud)] = cloud.T
+        start_distance[number, : len(cloud)] = _start_distances(cloud.T, skip_origin)
     with torch.inference_mode():
-        transposed = np.ascontiguousarray(cloud.T)
-        axes = torch.from_numpy(transposed).to(device)
-        distance = torch.from_numpy(_start_distances(transposed, skip_origin)).to(device)
-        chosen = torch.full((count,), start, dtype=torch.int64, device=device)
+        points, distance = torch.from_numpy(axes).to(device), torch.from_numpy(start_distance).to(device)
+        chosen = torch.empty((count, len(clouds)), dtype=torch.int64, device=device)
+        chosen[0] = torch.tensor(starts, device=device)
+        square, total = torch.empty_like(points), torch.empty_like(distance)
         for step in range(1, count):
-            square = (axes - axes.index_select(1, chosen[step - 1 : step])).square_()
-            torch.minimum(distance, square[0].add_(square[1]).add_(square[2]), out=distance)
-            torch.argmax(distance, out=chosen[step])
-        return np.asarray(chosen.cpu().numpy())
+            last = points.gather(2, chosen[step - 1][:, None, None].expand(-1, 3, 1))
+            torch.sub(points, last, out=square).square_()
+            # left to right, as the operator adds them
+            torch.add(square[:, 0], square[:, 1], out=total).add_(square[:, 2])
+            torch.minimum(distance, total, out=distance)
+            torch.argmax(distance, dim=1, out=chosen[step])
+        return list(np.ascontiguousarray(chosen.T.cpu().numpy()))
 
 
 def _start_distances(axes: FloatArray, skip_origin: bool) -> FloatArray:
@@ -191,7 +227,7 @@ def _neighbours_torch(cloud: FloatArray, centres: FloatArray, count: int, device
     with torch.inference_mode():
         points = torch.from_numpy(cloud).to(device)
         index = torch.arange(len(cloud), device=device)
-        tile = max(1, _TILE_BYTES // (8 * len(cloud)))
+        tile = max(1, elements_that_fit(device, _DEVICE_PAIRS, 8) // len(cloud))
         tiles = torch.split(torch.from_numpy(centres).to(device), tile)
         found = torch.cat([_nearest_on_device(points, index, middle, count) for middle in tiles])
         return np.asarray(found.cpu().numpy())

@@ -3,17 +3,25 @@
 Interpolation to points, scattering onto the pixel grid, averaging and pooling are all linear in the group features.
 Their product is one small sparse matrix that depends on geometry only, so features of a patch grid come from one
 product (grid * grid, groups) x (groups, C) and no per-pixel feature ever exists.
+
+Finding the nearest centres has a form for a GPU. Building the sparse matrix has none: it takes a few milliseconds, and
+what it makes is read on the CPU, or on the device by one sparse product.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmad_cli.alignment.pooling import pooling_operator
-from mmad_cli.types import FloatArray, IndexArray
+from mmad_cli.devices import elements_that_fit
+from mmad_cli.types import BoolArray, FloatArray, IndexArray
+
+if TYPE_CHECKING:
+    import torch
 
 DistanceForm = Literal["direct", "expanded"]
 
@@ -23,6 +31,10 @@ NEIGHBOURS = 3
 _CANDIDATES = (4, 8, 32)
 # points at a time that are compared with all centres
 _TIED_ROWS = 1024
+# pairs of point and centre at a time on a device, 16 bytes each at most
+_DEVICE_PAIRS = 1 << 24
+# distances in float64 that are as near as this to each other are compared again in one order of operations
+_SAME = 1e-12
 # eight roundings to float32, each relative to at most |a|^2 + |b|^2
 _EXPANSION_ERROR = 5e-7
 
@@ -32,15 +44,17 @@ def nearest_centres(
     centres: NDArray[np.floating[Any]],
     form: DistanceForm = "direct",
     workers: int = 1,
+    device: str = "cpu",
 ) -> tuple[IndexArray, NDArray[np.float64]]:
     """The three nearest centres of each point and their inverse-distance weights.
 
-    points (P, 3), centres (G, 3) in metres, G >= 3; workers: threads of the search. Returns indices int64 (P, 3),
-    ascending by distance, and weights float64 (P, 3) that sum to 1: 1 / (d + 1e-8) with d the *squared* distance.
+    points (P, 3), centres (G, 3) in metres, G >= 3; workers: threads of the search on a CPU. Returns indices int64
+    (P, 3), ascending by distance, and weights float64 (P, 3) that sum to 1: 1 / (d + 1e-8) with d the *squared*
+    distance. Every device gives the same.
 
-    form: `direct` differences in float64. `expanded` is the published float32 formula |a|^2 + |b|^2 - 2ab, whose
-    cancellation (1e-8 to 1e-7 for coordinates near 0.5) exceeds the 1e-8 close to a centre: weights are wild there
-    and can be negative, and the third centre may be another one. Of centres at equal rounded
+    form: `direct` differences in float64; of equal ones the smaller index. `expanded` is the published float32 formula
+    |a|^2 + |b|^2 - 2ab, whose cancellation (1e-8 to 1e-7 for coordinates near 0.5) exceeds the 1e-8 close to a centre:
+    weights are wild there and can be negative, and the third centre may be another one. Of centres at equal rounded
     distances those are taken that PyTorch's sort, which is not stable, puts first. Where it gives no finite weights,
     `direct` stands in.
 
@@ -53,13 +67,17 @@ def nearest_centres(
     if len(middle) < NEIGHBOURS:
         raise ValueError(f"centres: should be at least {NEIGHBOURS}, got {len(middle)}")
     if form == "direct":
-        nearest = _tree_search(cloud, middle, NEIGHBOURS, workers)
-        return nearest, inverse_distance_weights(_direct(cloud, middle, nearest))
-    indices, squared = _nearest_expanded(cloud, middle, workers)
+        indices = _nearest_direct(cloud, middle, workers, device)
+        return indices, inverse_distance_weights(_direct(cloud, middle, indices))
+    if device == "cpu":
+        indices, squared, tied = _expanded_by_tree(cloud, middle, workers)
+    else:
+        indices, squared, tied = _expanded_on_device(cloud, middle, device)
+    indices = _with_ties_settled(cloud, middle, indices, squared, tied)
     weights = inverse_distance_weights(squared)
     broken = np.flatnonzero(~np.isfinite(weights).all(axis=1))
     if len(broken):
-        indices[broken], weights[broken] = nearest_centres(cloud[broken], middle, "direct")
+        indices[broken], weights[broken] = nearest_centres(cloud[broken], middle, "direct", workers, device)
     return indices, weights
 
 
@@ -112,8 +130,28 @@ def _tree_search(cloud: FloatArray, centres: FloatArray, count: int, workers: in
     return np.asarray(cKDTree(centres).query(cloud, k=count, workers=workers)[1], dtype=np.int64)
 
 
-def _nearest_expanded(cloud: FloatArray, centres: FloatArray, workers: int) -> tuple[IndexArray, FloatArray]:
-    """Indices and squared distances (P, 3) of the centres whose rounded distances are smallest."""
+def _nearest_direct(cloud: FloatArray, centres: FloatArray, workers: int, device: str) -> IndexArray:
+    """Indices (P, 3) by distance in float64, then by index."""
+    count = min(NEIGHBOURS + 1, len(centres))
+    if device == "cpu":
+        candidates = _tree_search(cloud, centres, count, workers)
+    else:
+        candidates = _smallest_on_device(_direct_matrix, cloud, centres, count, device)[0]
+    squared = _direct(cloud, centres, candidates)
+    order = np.lexsort((candidates, squared), axis=1)
+    candidates, squared = np.take_along_axis(candidates, order, axis=1), np.take_along_axis(squared, order, axis=1)
+    # what is left out may be as near as the third; the search adds up in another order, so nearly equal ones count too
+    indices = candidates[:, :NEIGHBOURS]
+    tied = (squared[:, NEIGHBOURS:] <= squared[:, NEIGHBOURS - 1 : NEIGHBOURS] * (1 + _SAME)).any(axis=1)
+    every = np.arange(len(centres))[None]
+    for rows in _pieces(np.flatnonzero(tied)):
+        distances = _direct(cloud[rows], centres, every)
+        indices[rows] = np.argsort(distances, axis=1, kind="stable")[:, :NEIGHBOURS]
+    return indices
+
+
+def _expanded_by_tree(cloud: FloatArray, centres: FloatArray, workers: int) -> tuple[IndexArray, FloatArray, BoolArray]:
+    """Indices and rounded squared distances (P, 3) of the nearest, ascending; whether one left out is as near (P,)."""
     indices = np.empty((len(cloud), NEIGHBOURS), dtype=np.int64)
     squared = np.empty((len(cloud), NEIGHBOURS), dtype=np.float32)
     scale = float((centres.astype(np.float64) ** 2).sum(axis=1).max())
@@ -130,11 +168,77 @@ def _nearest_expanded(cloud: FloatArray, centres: FloatArray, workers: int) -> t
         open_rows = open_rows[reached - error <= squared[open_rows, -1]]
         if not len(open_rows):
             break
-    rows = np.flatnonzero(tied)
-    for i in range(0, len(rows), _TIED_ROWS):
-        some = rows[i : i + _TIED_ROWS]
-        indices[some] = _first_of_sort(cloud[some], centres)
-    return indices, squared
+    return indices, squared, tied
+
+
+def _expanded_on_device(
+    cloud: FloatArray, centres: FloatArray, device: str
+) -> tuple[IndexArray, FloatArray, BoolArray]:
+    """The same from the rounded distances to all centres."""
+    count = min(NEIGHBOURS + 1, len(centres))
+    candidates, squared = _smallest_on_device(_expanded_matrix, cloud, centres, count, device)
+    return _smallest(candidates, squared.astype(np.float32, copy=False))
+
+
+def _with_ties_settled(
+    cloud: FloatArray, centres: FloatArray, indices: IndexArray, squared: FloatArray, tied: BoolArray
+) -> IndexArray:
+    """Indices (P, 3) with equal rounded distances in order: as the published sort has them where more than three are
+    as near, else by true distance, then by index.
+    """
+    equal = np.flatnonzero((squared[:, 1:] == squared[:, :-1]).any(axis=1) & ~tied)
+    true = _direct(cloud[equal], centres, indices[equal])
+    order = np.lexsort((indices[equal], true, squared[equal]), axis=1)
+    indices[equal] = np.take_along_axis(indices[equal], order, axis=1)
+    for rows in _pieces(np.flatnonzero(tied)):
+        indices[rows] = _first_of_sort(cloud[rows], centres)
+    return indices
+
+
+def _pieces(rows: IndexArray) -> list[IndexArray]:
+    return [rows[i : i + _TIED_ROWS] for i in range(0, len(rows), _TIED_ROWS)]
+
+
+def _smallest_on_device(
+    matrix: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    cloud: FloatArray,
+    centres: FloatArray,
+    count: int,
+    device: str,
+) -> tuple[IndexArray, NDArray[np.floating[Any]]]:
+    """Indices and values (P, count) of the smallest entries of each row of matrix(points, centres), ascending.
+
+    Points in tiles, so that the whole matrix never exists. Of equal entries any.
+    """
+    import torch
+
+    with torch.inference_mode():
+        middle = torch.from_numpy(centres).to(device)
+        tile = max(1, elements_that_fit(device, _DEVICE_PAIRS, 16) // len(centres))
+        tiles = torch.split(torch.from_numpy(cloud).to(device), tile)
+        found = [matrix(points, middle).topk(count, dim=1, largest=False, sorted=True) for points in tiles]
+        values, indices = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
+        return indices, values
+
+
+def _direct_matrix(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Squared distances float64 (P, G) by differences."""
+    points, centres = points.double(), centres.double()
+    squared = (points[:, None, 0] - centres[None, :, 0]).square_()
+    for axis in (1, 2):
+        squared += (points[:, None, axis] - centres[None, :, axis]).square_()
+    return squared
+
+
+def _expanded_matrix(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Squared distances float32 (P, G) as `_expanded` rounds them, bit for bit."""
+    # in float64 a product of two float32 is exact, so whether the device fuses it with the sum makes no difference
+    a, b = points.double(), centres.double()
+    product = (a[:, None, 0] * b[None, :, 0]).float()
+    for axis in (1, 2):
+        product = (a[:, None, axis] * b[None, :, axis]).add_(product).float()
+    norms = [x[:, 0] * x[:, 0] + x[:, 1] * x[:, 1] + x[:, 2] * x[:, 2] for x in (points, centres)]
+    return product.mul_(-2).add_(norms[0][:, None]).add_(norms[1][None])
 
 
 def _direct(cloud: FloatArray, centres: FloatArray, indices: IndexArray) -> NDArray[np.float64]:
@@ -164,7 +268,7 @@ def _squared_norms(points: FloatArray) -> FloatArray:
     return np.asarray(points[:, 0] ** 2 + points[:, 1] ** 2 + points[:, 2] ** 2)
 
 
-def _smallest(candidates: IndexArray, distances: FloatArray) -> tuple[IndexArray, FloatArray, NDArray[np.bool_]]:
+def _smallest(candidates: IndexArray, distances: FloatArray) -> tuple[IndexArray, FloatArray, BoolArray]:
     """The three smallest of each row, and whether the third of them has an equal that is left out."""
     order = np.argsort(distances, axis=1, kind="stable")[:, : NEIGHBOURS + 1]
     ascending = np.take_along_axis(distances, order, axis=1)

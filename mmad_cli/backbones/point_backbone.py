@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from mmad_cli.alignment.grouping import farthest_points, group_neighbours
+from mmad_cli.alignment.grouping import farthest_points_of, group_neighbours
 from mmad_cli.alignment.interpolation import NEIGHBOURS, nearest_centres
 from mmad_cli.backbones._checkpoints import build_with, read_checkpoint
 from mmad_cli.backbones.base import Features, float32
 from mmad_cli.backbones.weights import resolve
+from mmad_cli.devices import in_batches
 from mmad_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
     from mmad_cli.backbones.specs import FeatureSpec, PointParams
     from mmad_cli.types import FloatArray, Sample
 
+# scans whose centres are chosen in one loop, and whose tokens go through the transformer together
+_BATCH_GPU = 16
+
 
 class PointBackbone:
     """Group tokens of a point transformer, and where the groups lie on the pixel grid."""
-
-    batch_size = 1
 
     def __init__(self, spec: FeatureSpec, device: str = "cpu") -> None:
         import torch
@@ -43,27 +45,50 @@ class PointBackbone:
 
         return PointTransformer(cast("Network", self._settings.network))
 
+    @property
+    def batch_size(self) -> int:
+        """A hint for the caller."""
+        return 1 if self._device.type == "cpu" else _BATCH_GPU
+
     def extract(self, samples: Sequence[Sample]) -> list[Features]:
         """`tokens`, `centres`, `pixel`, `neighbours`, `weights` per sample; DataError for one with too few points."""
-        return [self._one(sample) for sample in samples]
+        # one by one on a CPU: as fast there, and a value never depends on which samples share a batch
+        return list(in_batches(samples, self.batch_size, self._batch, "point features"))
 
-    def _one(self, sample: Sample) -> Features:
+    def _batch(self, samples: Sequence[Sample]) -> list[Features]:
+        settings, device = self._settings, self._device.type
+        scans = [self._points(sample) for sample in samples]
+        clouds = [points for points, _ in scans]
+        starts = [self._start(sample, len(points)) for sample, points in zip(samples, clouds, strict=True)]
+        chosen = farthest_points_of(clouds, settings.groups, settings.fps_skip_origin, device, starts)
+        centres = np.stack([points[index] for points, index in zip(clouds, chosen, strict=True)])
+        groups = np.stack([self._group(*pair) for pair in zip(clouds, centres, strict=True)])
+        tokens = self._tokens(groups, centres, samples)
+        return [
+            {
+                "tokens": float32(of_sample),
+                "centres": float32(middle),
+                "pixel": pixel.astype(np.int32),
+                **self._interpolation(points, middle),
+            }
+            for of_sample, middle, (points, pixel) in zip(tokens, centres, scans, strict=True)
+        ]
+
+    def _group(self, points: FloatArray, centres: FloatArray) -> FloatArray:
+        """Coordinates (G, M, 3) of the nearest points of each centre, relative to it."""
+        import torch
+
+        size, device = self._settings.group_size, self._device.type
+        return points[group_neighbours(points, centres, size, device, torch.get_num_threads())] - centres[:, None]
+
+    def _interpolation(self, points: FloatArray, centres: FloatArray) -> Features:
+        """`neighbours` (n, 3) among the centres and their `weights` (n, 3) for each point."""
         import torch
 
         settings, threads = self._settings, torch.get_num_threads()
-        points, pixel = self._points(sample)
-        start = self._start(sample, len(points))
-        chosen = farthest_points(points, settings.groups, settings.fps_skip_origin, self._device.type, start)
-        centres = points[chosen]
-        members = group_neighbours(points, centres, settings.group_size, self._device.type, threads)
-        indices, weights = nearest_centres(points, centres, settings.idw, threads)
-        return {
-            "tokens": self._tokens(points[members] - centres[:, None], centres, sample),
-            "centres": float32(centres),
-            "pixel": pixel.astype(np.int32),
-            "neighbours": indices.astype(np.int16 if settings.groups <= 2**15 else np.int32),
-            "weights": float32(weights),
-        }
+        indices, weights = nearest_centres(points, centres, settings.idw, threads, self._device.type)
+        small = settings.groups <= 2**15
+        return {"neighbours": indices.astype(np.int16 if small else np.int32), "weights": float32(weights)}
 
     def _points(self, sample: Sample) -> tuple[FloatArray, NDArray[np.int64]]:
         """Valid points (n, 3) at network size in raster order, and their pixels size * y + x."""
@@ -81,28 +106,31 @@ class PointBackbone:
             )
         return xyz.reshape(-1, 3)[pixel], pixel
 
-    def _tokens(self, groups: FloatArray, centres: FloatArray, sample: Sample) -> FloatArray:
+    def _tokens(self, groups: FloatArray, centres: FloatArray, samples: Sequence[Sample]) -> FloatArray:
+        """Tokens (B, G, C) of groups (B, G, M, 3) around centres (B, G, 3)."""
         import torch
 
         half = self._settings.precision == "bfloat16"
         with torch.inference_mode(), torch.autocast(self._device.type, torch.bfloat16, enabled=half):
-            tokens = self._network(
-                torch.from_numpy(groups).to(self._device),
-                torch.from_numpy(centres).to(self._device),
-                batch_statistics=self._settings.point_bn == "batch",
-                keep=self._keep(sample),
-                blocks=self._settings.blocks,
-            )
-        return float32(tokens.cpu().numpy())
+            on_device = [torch.from_numpy(array).to(self._device) for array in (groups, centres)]
+            return self._forward(on_device[0], on_device[1], samples).float().cpu().numpy()
 
-    def _keep(self, sample: Sample) -> list[bool] | None:
+    def _forward(self, groups: torch.Tensor, centres: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:
+        settings = self._settings
+        return self._network(  # type: ignore[no-any-return]
+            groups,
+            centres,
+            batch_statistics=settings.point_bn == "batch",
+            keep=None if settings.point_droppath == "off" else [self._keep(sample) for sample in samples],
+            blocks=settings.blocks,
+        )
+
+    def _keep(self, sample: Sample) -> list[bool]:
         """Stochastic depth of this sample: the same whatever was computed before it."""
         import torch
 
         from mmad_cli.backbones.point_transformer import draw_keep
 
-        if self._settings.point_droppath == "off":
-            return None
         return draw_keep(torch.Generator().manual_seed(_own_seed(self._settings.droppath_seed, sample)))
 
     def _start(self, sample: Sample, count: int) -> int:

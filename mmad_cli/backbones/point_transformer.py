@@ -172,9 +172,10 @@ class _Attention(nn.Module):
         self.proj = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        parts = self.qkv(tokens).view(1, len(tokens), 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
+        batch, count, _ = tokens.shape
+        parts = self.qkv(tokens).view(batch, count, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(parts[0], parts[1], parts[2])
-        return cast("torch.Tensor", self.proj(mixed[0].transpose(0, 1).reshape(len(tokens), WIDTH)))
+        return cast("torch.Tensor", self.proj(mixed.transpose(1, 2).reshape(batch, count, WIDTH)))
 
 
 class _Mlp(nn.Module):
@@ -188,7 +189,7 @@ class _Mlp(nn.Module):
 
 
 class _Block(nn.Module):
-    """Pre-LayerNorm block; a branch of weight 0 is dropped."""
+    """Pre-LayerNorm block; each sample has a weight for each branch, and a branch of weight 0 is dropped."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,11 +198,18 @@ class _Block(nn.Module):
         self.norm2 = nn.LayerNorm(WIDTH)
         self.mlp = _Mlp()
 
-    def forward(self, tokens: torch.Tensor, branches: tuple[float, float]) -> torch.Tensor:
-        for weight, norm, layer in zip(branches, (self.norm1, self.norm2), (self.attn, self.mlp), strict=True):
-            if weight:
-                tokens = torch.add(tokens, layer(norm(tokens)), alpha=weight)
+    def forward(self, tokens: torch.Tensor, branches: tuple[Sequence[float], Sequence[float]]) -> torch.Tensor:
+        for weights, norm, layer in zip(branches, (self.norm1, self.norm2), (self.attn, self.mlp), strict=True):
+            if any(weights):
+                tokens = _plus(tokens, layer(norm(tokens)), weights)
         return tokens
+
+
+def _plus(tokens: torch.Tensor, branch: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+    """tokens + weight * branch, (B, N, C) with a weight per sample."""
+    if len(set(weights)) == 1:
+        return torch.add(tokens, branch, alpha=weights[0])
+    return tokens + torch.tensor(weights, device=tokens.device)[:, None, None] * branch
 
 
 class _Blocks(nn.Module):
@@ -211,7 +219,7 @@ class _Blocks(nn.Module):
 
 
 class PointTransformer(nn.Module):
-    """Group tokens with attention: groups (G, M, 3) around centres (G, 3) to features (G, 1152).
+    """Group tokens with attention: groups (B, G, M, 3) around centres (B, G, 3) to features (B, G, 1152).
 
     12 blocks of width 384 and 6 heads; the position embedding of the centres is added to the input of every block.
     Outputs after blocks 3, 7 and 11 (from 0), each through the same final LayerNorm, are concatenated. `point_bert`
@@ -237,29 +245,36 @@ class PointTransformer(nn.Module):
         groups: torch.Tensor,
         centres: torch.Tensor,
         batch_statistics: bool = True,
-        keep: Sequence[bool] | None = None,
+        keep: Sequence[Sequence[bool]] | None = None,
         blocks: int = DEPTH,
     ) -> torch.Tensor:
-        """Features float32 (G, 1152) of one sample; `blocks` are used, of which (12, 8, 4 of them) three are joined.
+        """Features float32 (B, G, 1152); `blocks` are used, of which (12, 8, 4 of them) three are joined.
 
-        groups: coordinates relative to the centre, metres. batch_statistics: BatchNorm from this sample, as in the
-        published code, else stored. keep: stochastic depth, one flag per branch of blocks 1 to 11 (attention, MLP);
-        kept branches are divided by the probability of being kept. None: all branches as they are.
-        Raises ValueError for another number of flags.
+        groups: coordinates relative to the centre, metres. batch_statistics: BatchNorm from each sample by itself, as
+        in the published code, else stored. keep: stochastic depth of each sample, one flag per branch of blocks 1 to
+        11 (attention, MLP); kept branches are divided by the probability of being kept. None: all branches as they
+        are. A sample's features do not depend on the others. Raises ValueError for another number of flags.
         """
-        weights = branch_weights(keep)
-        tokens = self.encoder(groups, batch_statistics)
+        weights = [branch_weights(None if keep is None else keep[number]) for number in range(len(groups))]
+        # sample by sample, for statistics of its own; its 131 000 points keep any device busy
+        tokens = torch.stack([self.encoder(sample, batch_statistics) for sample in groups])
         position = self.pos_embed(centres)
         if self._has_class_token:
-            tokens = torch.cat([self.cls_token[0], self.reduce_dim(tokens)])
-            position = torch.cat([self.cls_pos[0], position])
+            tokens = _behind(self.cls_token, self.reduce_dim(tokens))
+            position = _behind(self.cls_pos, position)
         outputs = []
         joined = OUTPUT_BLOCKS.get(blocks, (blocks - 1,))
-        for index, (block, branches) in enumerate(zip(self.blocks.blocks[:blocks], weights[:blocks], strict=True)):
-            tokens = block(tokens + position, branches)
+        for index, block in enumerate(self.blocks.blocks[:blocks]):
+            attention, perceptron = zip(*(of_sample[index] for of_sample in weights), strict=True)
+            tokens = block(tokens + position, (attention, perceptron))
             if index in joined:
-                outputs.append(self.norm(tokens)[-len(centres) :].float())
-        return torch.cat(outputs, dim=1)
+                outputs.append(self.norm(tokens)[:, -centres.shape[1] :].float())
+        return torch.cat(outputs, dim=2)
+
+
+def _behind(first: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """One token (1, 1, C) in front of those of each sample (B, G, C)."""
+    return torch.cat([first.expand(len(rest), -1, -1), rest], dim=1)
 
 
 def branch_weights(keep: Sequence[bool] | None) -> list[tuple[float, float]]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mmad_cli.alignment import grouping
-from mmad_cli.alignment.grouping import farthest_points, group_neighbours
+from mmad_cli.alignment.grouping import farthest_points, farthest_points_of, group_neighbours
 
 CASES = [("group_s128_g1024", 1024, 128), ("group_s32_g128", 128, 32)]
 
@@ -85,7 +85,7 @@ def test_parking_points_changes_no_choice(rng, monkeypatch, margin):
         points = points.astype(np.float32)
         monkeypatch.setattr(grouping, "_PARKING_MARGIN", margin)
         monkeypatch.setattr(grouping, "_PARKING_INTERVAL", 16)
-        plain = grouping._farthest_points_torch(points, 400, True, "cpu")
+        plain = grouping._farthest_points_torch([points], 400, True, "cpu", [0])[0]
         assert np.array_equal(farthest_points(points, 400), plain), name
     assert returns
 
@@ -94,7 +94,7 @@ def test_the_first_choice_may_be_any_point(rng):
     points = rng.random((500, 3)).astype(np.float32)
     chosen = farthest_points(points, 60, start=123)
     assert chosen[0] == 123 and len(set(chosen.tolist())) == 60
-    assert np.array_equal(chosen, grouping._farthest_points_torch(points, 60, True, "cpu", 123))
+    assert np.array_equal(chosen, grouping._farthest_points_torch([points], 60, True, "cpu", [123])[0])
     # the greedy rule holds from there
     for step in range(1, 60):
         nearest = ((points[:, None] - points[chosen[:step]][None]) ** 2).sum(axis=2).min(axis=1)
@@ -135,12 +135,45 @@ def test_all_points_may_be_neighbours(rng):
 
 
 def test_the_gpu_path_makes_the_same_choices(cloud, golden):
-    chosen = grouping._farthest_points_torch(cloud, 128, True, "cpu")
+    chosen = grouping._farthest_points_torch([cloud], 128, True, "cpu", [0])[0]
     assert np.array_equal(chosen, golden["group_s32_g128/fps_idx"])
     members = grouping._neighbours_torch(cloud, cloud[chosen], 32, "cpu")
     assert np.array_equal(members, group_neighbours(cloud, cloud[chosen], 32))
     ties = grid(30)
     assert np.array_equal(grouping._neighbours_torch(ties, ties, 20, "cpu"), group_neighbours(ties, ties, 20))
+
+
+@pytest.mark.parametrize("skip_origin", [True, False])
+def test_clouds_of_a_batch_do_not_meet(rng, torch_device, skip_origin):
+    """Few and many points, duplicates, ties, all near the sensor: each cloud as if it were alone."""
+    together = [points.astype(np.float32) for points in clouds(rng).values()]
+    together += [grid(3), np.zeros((5, 3), np.float32), together[0][:1], together[1][:300]]
+    starts = [number % len(points) for number, points in enumerate(together)]
+    found = grouping._farthest_points_torch(together, 50, skip_origin, torch_device, starts)
+    assert len(found) == len(together)
+    for chosen, points, start in zip(found, together, starts, strict=True):
+        assert np.array_equal(chosen, farthest_points(points, 50, skip_origin, start=start))
+    backwards = grouping._farthest_points_torch(together[::-1], 50, skip_origin, torch_device, starts[::-1])
+    assert all(np.array_equal(a, b) for a, b in zip(found, backwards[::-1], strict=True))
+
+
+def test_several_clouds_on_the_cpu(rng):
+    together = [rng.random((40, 3)), rng.random((60, 3))]
+    found = farthest_points_of(together, 20, starts=[3, 5])
+    assert all(
+        np.array_equal(chosen, farthest_points(points, 20, start=start))
+        for chosen, points, start in zip(found, together, (3, 5), strict=True)
+    )
+    assert farthest_points_of([], 20) == grouping._farthest_points_torch([], 20, True, "cpu", []) == []
+    with pytest.raises(ValueError, match=r"start: should lie in 0\.\.39, got 40"):
+        farthest_points_of(together, 20, starts=[40, 5])
+
+
+def test_tiles_of_centres_change_nothing(rng, torch_device, monkeypatch):
+    points = rng.random((500, 3)).astype(np.float32)
+    monkeypatch.setattr(grouping, "_DEVICE_PAIRS", 3 * 500)
+    found = grouping._neighbours_torch(points, points[:40], 20, torch_device)
+    assert np.array_equal(found, group_neighbours(points, points[:40], 20))
 
 
 @pytest.mark.gpu

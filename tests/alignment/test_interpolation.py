@@ -83,6 +83,45 @@ def test_direct_stands_in_for_weights_that_are_not_finite(cloud, centres, monkey
     assert np.array_equal(weights, exact_weights)
 
 
+def hard_cases(cloud, centres, rng):
+    """Points and centres: a scan near and far from the origin, a grid full of ties, copies, and few of either."""
+    side = np.arange(30, dtype=np.float32) * np.float32(0.001)
+    grid = np.stack([*np.meshgrid(side, side), np.full((30, 30), 0.5, np.float32)], axis=-1).reshape(-1, 3)
+    copies = np.repeat(rng.random((20, 3)).astype(np.float32), 4, axis=0)
+    return {
+        "scan": (cloud[::9], centres),
+        "far": (cloud[::37] + np.float32(20), centres[::4] + np.float32(20)),
+        "grid": (grid, grid[::7]),
+        "copies": (rng.random((200, 3)).astype(np.float32), copies),
+        "on copies": (copies, copies),
+        "at the origin": (np.zeros((10, 3), np.float32), np.zeros((5, 3), np.float32)),
+        "three centres": (cloud[:50], centres[:3]),
+        "one point": (cloud[:1], centres[:4]),
+    }
+
+
+@pytest.mark.parametrize("tile", [None, 2500])
+@pytest.mark.parametrize("form", ["direct", "expanded"])
+def test_the_gpu_path_finds_the_same(cloud, centres, rng, monkeypatch, torch_device, form, tile):
+    if tile:
+        monkeypatch.setattr(interpolation, "_DEVICE_PAIRS", tile)
+    name = "cpu:0" if torch_device == "cpu" else torch_device
+    for case, (points, middle) in hard_cases(cloud, centres, rng).items():
+        indices, weights = nearest_centres(points, middle, form)
+        found, same = nearest_centres(points, middle, form, device=name)
+        assert np.array_equal(found, indices), case
+        assert np.array_equal(same, weights), case
+        assert (found.dtype, same.dtype) == (np.int64, np.float64)
+
+
+def test_of_equal_distances_the_smaller_index_counts(cloud, centres, rng):
+    for case, (points, middle) in hard_cases(cloud, centres, rng).items():
+        difference = points.astype(np.float64)[:, None] - middle.astype(np.float64)
+        squared = np.einsum("pka,pka->pk", difference, difference)
+        expected = np.argsort(squared, axis=1, kind="stable")[:, :3]
+        assert np.array_equal(nearest_centres(points, middle)[0], expected), case
+
+
 def test_a_point_on_a_centre_takes_its_feature(centres):
     indices, weights = nearest_centres(centres, centres)
     assert np.array_equal(indices[:, 0], np.arange(len(centres)))

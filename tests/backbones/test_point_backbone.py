@@ -94,7 +94,8 @@ def test_published_features(
     groups, centres = inputs_of(features, sample, settings["group_size"])
     network_module: PointTransformer = backbone._network  # type: ignore[attr-defined]
     with torch.inference_mode():
-        training = network_module(groups, centres, True, expected["train_drop_keep"].tolist()).numpy()
+        keep = [expected["train_drop_keep"].tolist()]
+        training = network_module(groups[None], centres[None], True, keep)[0].numpy()
         for mode in ("eval", "train"):
             tokens = network_module.encoder(groups, mode == "train").numpy()
             subset = tokens[:: 4 * max(1, len(tokens) // 64), ::4]
@@ -250,6 +251,59 @@ def test_arrays(imported: Callable[[str], None], golden_sample: MakeSample) -> N
     assert sum(array.nbytes for array in features.values()) <= spec.estimated_bytes()
     again = create(spec).extract([sample, sample])
     assert all(np.array_equal(f[name], features[name]) for f in again for name in features)
+
+
+@pytest.mark.parametrize(
+    ("network", "params"),
+    [
+        ("point_mae", {}),
+        ("point_mae", {"point_bn": "eval"}),
+        ("point_mae", {"point_droppath": "on"}),
+        ("point_bert", {"idw": "direct"}),
+        ("builtin_points", {}),
+    ],
+)
+def test_a_batch_on_the_device_gives_each_sample_its_own_features(
+    imported: Callable[[str], None],
+    golden_sample: MakeSample,
+    torch_device: str,
+    network: str,
+    params: dict[str, Any],
+) -> None:
+    if network != "builtin_points":
+        imported(network)
+    samples = [golden_sample(i) for i in range(3)]
+    spec = FeatureSpec.point(network, groups=48, group_size=32, **params)
+    alone = create(spec).extract(samples)
+    together = create(spec, torch_device)._batch(samples)  # type: ignore[attr-defined]
+    for one, other in zip(alone, together, strict=True):
+        assert all(np.array_equal(one[name], other[name]) for name in one if name != "tokens")
+        assert one["tokens"].dtype == other["tokens"].dtype and other["tokens"].flags.c_contiguous
+        assert relative(other["tokens"], one["tokens"]) < 1e-5
+
+
+def test_memory_that_ends_makes_smaller_batches(
+    imported: Callable[[str], None],
+    golden_sample: MakeSample,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    imported("point_mae")
+    backbone = create(FeatureSpec.point(groups=48, group_size=32))
+    samples = [golden_sample(i) for i in range(3)]
+    expected = backbone.extract(samples)
+    computed = backbone._batch  # type: ignore[attr-defined]
+
+    def with_room_for_one(some: list[Sample]) -> list[Features]:
+        if len(some) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return computed(some)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(backbone, "_batch", with_room_for_one)
+    monkeypatch.setattr(type(backbone), "batch_size", 4)
+    found = backbone.extract(samples)
+    assert all(np.array_equal(a[n], b[n]) for a, b in zip(expected, found, strict=True) for n in a)
+    assert "batches of 1" in caplog.text
 
 
 def test_settings_change_what_they_name(imported: Callable[[str], None], golden_sample: MakeSample) -> None:

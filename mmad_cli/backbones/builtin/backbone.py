@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mmad_cli.backbones.base import float32
 from mmad_cli.backbones.point_backbone import PointBackbone
 
 if TYPE_CHECKING:
     import torch
 
-    from mmad_cli.types import FloatArray, Sample
+    from mmad_cli.types import Sample
 
 
 class BuiltinPointBackbone(PointBackbone):
@@ -21,12 +21,5 @@ class BuiltinPointBackbone(PointBackbone):
 
         return PointNetwork()
 
-    def _tokens(self, groups: FloatArray, centres: FloatArray, sample: Sample) -> FloatArray:
-        import torch
-
-        half = self._settings.precision == "bfloat16"
-        with torch.inference_mode(), torch.autocast(self._device.type, torch.bfloat16, enabled=half):
-            tokens = self._network(
-                torch.from_numpy(groups)[None].to(self._device), torch.from_numpy(centres)[None].to(self._device)
-            )
-        return float32(tokens[0].float().cpu().numpy())
+    def _forward(self, groups: torch.Tensor, centres: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:
+        return self._network(groups, centres)  # type: ignore[no-any-return]
