@@ -103,6 +103,7 @@ class Environment(_Model):
     python: str
     platform: str
     device: str
+    device_reason: str | None = None
     torch: str | None = None
     timm: str | None = None
     faiss: str | None = None

@@ -30,6 +30,7 @@ from mmad_cli.stages.predict import fitted_method, predictions, read_prediction
 from mmad_cli.stages.preprocess import StageReport, extract_category, preprocess_category
 from mmad_cli.stages.provenance import device_name, peak_vram, start_run
 from mmad_cli.stages.request import EvaluateRequest, Prepared, prepare
+from mmad_cli.stages.scoring import Scoring
 from mmad_cli.stages.session import Session
 from mmad_cli.stages.shared import SharedPlan, plan_shared, train_shared
 from mmad_cli.stages.timing import Stopwatch, metrics_name
@@ -38,7 +39,6 @@ from mmad_cli.store.keys import digest_bytes
 
 if TYPE_CHECKING:
     from mmad_cli.datasets.base import Dataset
-    from mmad_cli.methods.base import Prediction
 
 RUNS = "runs"
 MAPS = "maps.safetensors"
@@ -62,9 +62,7 @@ class OpenRun:
         """Whether the store has everything that a category's part of the run folder is written from."""
         return _known_record(session, self.prepared, self.plans[category]) is not None
 
-    def conclude(
-        self, session: Session, category: str, failure: CategoryResult | None = None, device: str | None = None
-    ) -> None:
+    def conclude(self, session: Session, category: str, failure: CategoryResult | None = None) -> None:
         """Enter a category and write the summary: its failure, or what the store has, computed here where needed."""
         if category in self.failed:
             outcome = CategoryResult(status="failed", error=self.failed[category])
@@ -72,9 +70,10 @@ class OpenRun:
             outcome = failure
         else:
             plan = self.plans[category]
-            outcome, device = evaluate_category(session, self.prepared, plan, self.folder, self.shared)
-        if device is not None:
-            self.result.environment.device = device
+            outcome, record = evaluate_category(session, self.prepared, plan, self.folder, self.shared)
+            if record is not None:
+                self.result.environment.device = record["device"]
+                self.result.environment.device_reason = record.get("device_reason")
         if outcome.status == "failed":
             session.reporter.notice(f"{category}: failed: {outcome.error}")
         if outcome.sample_notes:
@@ -176,8 +175,8 @@ def evaluate_category(
     plan: CategoryPlan,
     folder: Path,
     shared: SharedPlan | None = None,
-) -> tuple[CategoryResult, str | None]:
-    """Result of one category and the device that computed it; from the store where it is known already."""
+) -> tuple[CategoryResult, dict[str, Any] | None]:
+    """Result of one category and the stored record that it comes from; computed only where it is not known."""
     record, failure = compute_record(session, prepared, plan, shared)
     if record is None or failure is not None:
         return failure or CategoryResult(status="failed"), None
@@ -186,7 +185,7 @@ def evaluate_category(
     )
     if failure is not None:
         return failure, None
-    return CategoryResult.model_validate(record["result"]), record["device"]
+    return CategoryResult.model_validate(record["result"]), record
 
 
 def compute_record(
@@ -259,14 +258,15 @@ def _compute_category(
             train_shared(session, shared, prepared.run)
     with clock("fit"):
         method, info = fitted_method(session, plan, prepared.run)
-    with clock("predict"):
-        scored = predictions(session, plan, prepared.run, method)
-        # a plan has validation samples only where they are scored
-        validated = predictions(session, plan, prepared.run, method, plan.samples.validation)
-    watch = Stopwatch()
-    with clock("metrics"):
-        values, reasons = _metrics(session, prepared, plan, scored, validated)
-    watch.lap(len(scored))
+    with Scoring(session, prepared, plan) as scoring:
+        with clock("predict"):
+            scored = predictions(session, plan, prepared.run, method, scored=scoring.take)
+            # a plan has validation samples only where they are scored
+            validated = predictions(session, plan, prepared.run, method, plan.samples.validation)
+        watch = Stopwatch()
+        with clock("metrics"):
+            values, reasons = scoring.metrics(scored, validated)
+        watch.lap(len(scored))
     watch.record(session, metrics_name(prepared.request.full_resolution))
     result = CategoryResult(
         status="ok",
@@ -289,6 +289,7 @@ def _compute_category(
     return {
         "result": result.model_dump(mode="json"),
         "device": device_name(session),
+        "device_reason": session.device_reason(),
         "scores": [
             [ref.id, ref.defect, ref.label, prediction.image_score]
             for ref, prediction in zip(plan.samples.test, scored, strict=True)
@@ -301,40 +302,6 @@ def _raise_failures(report: StageReport) -> None:
         messages = list(report.failures.values())
         more = f" (and {len(messages) - 3} more; `mmad check` lists all)" if len(messages) > 3 else ""
         raise DataError("; ".join(messages[:3]) + more)
-
-
-def _metrics(
-    session: Session,
-    prepared: Prepared,
-    plan: CategoryPlan,
-    scored: Sequence[Prediction],
-    validated: Sequence[Prediction],
-) -> tuple[dict[str, float | None], dict[str, str]]:
-    import numpy as np
-
-    from mmad_cli.metrics import all_metrics
-    from mmad_cli.stages.clean import load_clean
-    from mmad_cli.stages.masks import map_at_size, mask_in_view
-
-    view = prepared.run.build("cpu").view
-    masks, maps = [], []
-    for ref, prediction in zip(plan.samples.test, scored, strict=True):
-        clean = load_clean(plan.clean[ref.id], session.reporter.notice)
-        if prepared.request.full_resolution:
-            masks.append(clean.mask)
-            maps.append(map_at_size(prediction.anomaly_map, clean.mask.shape))
-        else:
-            masks.append(mask_in_view(clean, view, len(prediction.anomaly_map)))
-            maps.append(prediction.anomaly_map)
-    labels = np.array([ref.label for ref in plan.samples.test])
-    scores = np.array([prediction.image_score for prediction in scored])
-    scaled = None
-    if any(prediction.aupro_scale != 1.0 for prediction in scored):
-        scaled = [one * np.float32(p.aupro_scale) for one, p in zip(maps, scored, strict=True)]
-    with_validation = prepared.run.reads_validation or prepared.run.scores_validation
-    good = [prediction.image_score for prediction in validated] if with_validation else None
-    result = all_metrics(labels, scores, masks, maps, aupro_maps=scaled, validation_scores=good)
-    return dict(result.values), dict(result.reasons)
 
 
 def _maps_complete(session: Session, plan: CategoryPlan) -> bool:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from numpy.typing import NDArray
 
 from mmad_cli.errors import DataError
 from mmad_cli.stages.clean import CleanJob, Notice, load_clean, recomputed
+from mmad_cli.stages.overlap import read_ahead
 from mmad_cli.store import Artefact, CorruptArtefactError, Store, library_versions, make_key, open_store
 
 if TYPE_CHECKING:
-    from mmad_cli.backbones.base import Backbone
+    from mmad_cli.backbones.base import Backbone, Features
     from mmad_cli.backbones.specs import FeatureSpec
     from mmad_cli.types import Sample
 
@@ -78,18 +79,59 @@ def _backbone(spec: FeatureSpec, device: str) -> Backbone:
 
 def extract_batch(jobs: Sequence[FeatureJob], device: str, notice: Notice) -> None:
     """Compute and store what is missing of these features (all of one spec), as one batch."""
-    store = jobs[0].store
-    with contextlib.ExitStack() as locks:
-        # a fixed order keeps two processes from waiting for each other
-        for artefact in sorted({job.artefact.key: job.artefact for job in jobs}.values(), key=lambda a: a.key):
-            locks.enter_context(store.lock(artefact))
-        missing = [job for job in jobs if not store.has_tensors(job.artefact)]
-        if not missing:
+    batch = Batch(jobs)
+    batch.read(notice)
+    batch.compute(device)
+    batch.write()
+
+
+class Batch:
+    """Features of a few samples (all of one spec) on their way into the store, in three steps.
+
+    Different threads may take the steps, one after the other. Between `compute` and `write` the features are locked.
+    """
+
+    def __init__(self, jobs: Sequence[FeatureJob]) -> None:
+        self._jobs = list(jobs)
+        self._store = jobs[0].store
+        self._locks = contextlib.ExitStack()
+        self._samples: dict[str, Sample] = {}
+        self._features: dict[str, Features] = {}
+
+    def read(self, notice: Notice) -> None:
+        """Samples of the features that the store does not have."""
+        self._samples = {job.key: pseudo_sample(job, notice) for job in self._missing()}
+
+    def compute(self, device: str) -> None:
+        """Features of the samples; another process that computes one of them is waited for."""
+        if not self._samples:
             return
-        samples = [pseudo_sample(job, notice) for job in missing]
-        features = _backbone(missing[0].spec.plain, device).extract(samples)
-        for job, sample, arrays in zip(missing, samples, features, strict=True):
-            store.write_tensors(job.artefact, {**arrays, **_pseudo_mask(job, sample)}, {"sample": job.clean.ref.id})
+        with contextlib.ExitStack() as locks:
+            # a fixed order keeps two processes from waiting for each other
+            for artefact in sorted({job.artefact.key: job.artefact for job in self._jobs}.values(), key=_key_of):
+                locks.enter_context(self._store.lock(artefact))
+            missing = [job for job in self._missing() if job.key in self._samples]
+            if missing:
+                backbone = _backbone(missing[0].spec.plain, device)
+                features = backbone.extract([self._samples[job.key] for job in missing])
+                self._features = {job.key: arrays for job, arrays in zip(missing, features, strict=True)}
+            self._locks = locks.pop_all()
+
+    def write(self) -> None:
+        """Put them into the store."""
+        with self._locks:
+            for job in self._jobs:
+                arrays = self._features.pop(job.key, None)
+                if arrays is not None:
+                    mask = _pseudo_mask(job, self._samples[job.key])
+                    self._store.write_tensors(job.artefact, {**arrays, **mask}, {"sample": job.clean.ref.id})
+
+    def _missing(self) -> list[FeatureJob]:
+        return [job for job in self._jobs if not self._store.has_tensors(job.artefact)]
+
+
+def _key_of(artefact: Artefact) -> str:
+    return artefact.key
 
 
 def pseudo_sample(job: FeatureJob, notice: Notice) -> Sample:
@@ -124,13 +166,17 @@ def batch_size(spec: FeatureSpec, device: str) -> int:
 def load_feature(job: FeatureJob, device: str, notice: Notice) -> Mapping[str, NDArray[Any]]:
     """The feature from the store; computed again where it is missing or damaged. Arrays are read-only."""
     try:
-        tensors, _ = job.store.read_tensors(job.artefact)
+        return _read_feature(job)
     except (FileNotFoundError, CorruptArtefactError) as error:
         if isinstance(error, CorruptArtefactError):
             notice(recomputed(error))
             job.store.remove(job.artefact)
         extract_batch([job], device, notice)
-        tensors, _ = job.store.read_tensors(job.artefact)
+        return _read_feature(job)
+
+
+def _read_feature(job: FeatureJob) -> Mapping[str, NDArray[Any]]:
+    tensors, _ = job.store.read_tensors(job.artefact)
     for array in tensors.values():
         array.setflags(write=False)
     return tensors
@@ -144,14 +190,47 @@ class StoredSample:
     jobs: Mapping[str, FeatureJob]
     device: str
     notice: Notice
+    _reads: _Reads | None = field(default=None, kw_only=True, compare=False, repr=False)
 
     def __getitem__(self, name: str) -> Mapping[str, NDArray[Any]]:
-        return load_feature(self.jobs[name], self.device, self.notice)
+        found = None if self._reads is None else self._reads.take(self.id, name)
+        return load_feature(self.jobs[name], self.device, self.notice) if found is None else found
+
+    def reading(self, reads: _Reads) -> Self:
+        """The same sample, which takes what was read ahead for it."""
+        return replace(self, _reads=reads)
+
+
+class _Reads:
+    """What is read ahead of a pass over samples: the features that the samples before were asked for."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, None] = {}
+        self._found: Mapping[str, Mapping[str, NDArray[Any]]] = {}
+        self._id = ""
+
+    def fetch(self, sample: StoredSample) -> dict[str, Mapping[str, NDArray[Any]]]:
+        """Read what a sample will be asked for; what is missing or damaged is left to who asks."""
+        found = {}
+        for name in tuple(self._names):
+            if name in sample.jobs:
+                with contextlib.suppress(FileNotFoundError, CorruptArtefactError):
+                    found[name] = _read_feature(sample.jobs[name])
+        return found
+
+    def hold(self, id_: str, found: Mapping[str, Mapping[str, NDArray[Any]]]) -> None:
+        """Keep what was fetched for the sample that is worked on now, and nothing else."""
+        self._id, self._found = id_, found
+
+    def take(self, id_: str, name: str) -> Mapping[str, NDArray[Any]] | None:
+        """A feature of the present sample, if it was read ahead; None for any other."""
+        self._names[name] = None
+        return self._found.get(name) if id_ == self._id else None
 
 
 @dataclass(frozen=True)
 class StoredFeatures:
-    """Features of several samples in the store; nothing is kept in memory."""
+    """Features of several samples in the store; a pass over them reads one sample ahead and keeps nothing else."""
 
     samples: Sequence[StoredSample]
 
@@ -162,4 +241,8 @@ class StoredFeatures:
         return self.samples[index]
 
     def __iter__(self) -> Iterator[StoredSample]:
-        return iter(self.samples)
+        reads = _Reads()
+        for sample, found in read_ahead(self.samples, reads.fetch):
+            reads.hold(sample.id, found.result())
+            yield sample.reading(reads)
+        reads.hold("", {})

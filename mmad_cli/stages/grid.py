@@ -46,7 +46,6 @@ class CellOutcome:
     """The result, or why there is none, and what the user should know."""
 
     failure: CategoryResult | None
-    device: str | None
     notices: tuple[str, ...] = ()
 
 
@@ -71,7 +70,7 @@ def evaluate_grid(session: Session, requests: Sequence[EvaluateRequest]) -> list
             for notice in outcome.notices:
                 session.reporter.notice(notice)
             run, category = cells[index]
-            run.conclude(session, category, outcome.failure, outcome.device)
+            run.conclude(session, category, outcome.failure)
             advance(done, len(tasks))
     return [(run.result, run.folder) for run in runs]
 
@@ -141,8 +140,8 @@ def cell_task(task: CellTask) -> CellOutcome:
     """Evaluate one category; the result goes into the store."""
     reporter = Collector()
     with Session(open_store(task.store), workers=1, device=task.device, reporter=reporter) as session:
-        record, failure = compute_record(session, task.prepared, task.plan, task.shared)
-    return CellOutcome(failure, None if record is None else record["device"], tuple(reporter.notices))
+        _, failure = compute_record(session, task.prepared, task.plan, task.shared)
+    return CellOutcome(failure, tuple(reporter.notices))
 
 
 @dataclass(frozen=True)
@@ -204,6 +203,6 @@ def _lost(name: Callable[[CellTask], str]) -> Callable[[CellTask], CellOutcome]:
 
     def outcome(task: CellTask) -> CellOutcome:
         text = f"{name(task)}: every worker that tried it died (often: out of memory); run the same command again"
-        return CellOutcome(CategoryResult(status="failed", error=text), None)
+        return CellOutcome(CategoryResult(status="failed", error=text))
 
     return outcome

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from mmad_cli.stages.checkpoints import load_checkpoint
 from mmad_cli.stages.clean import recomputed
 from mmad_cli.stages.experts import LookedSample, experts_of, ready_experts
 from mmad_cli.stages.features import StoredFeatures, StoredSample
+from mmad_cli.stages.overlap import Behind
 from mmad_cli.stages.plan import FIT, PREDICT, CategoryPlan, MethodRun
 from mmad_cli.stages.session import Session
 from mmad_cli.stages.shared import WORK, load_shared
@@ -150,23 +152,37 @@ def predictions(
     run: MethodRun,
     method: Method | None,
     refs: Sequence[SampleRef] | None = None,
+    scored: Callable[[SampleRef, Prediction], None] | None = None,
 ) -> list[Prediction]:
-    """A prediction per test sample in order, or per sample of `refs`; only what is missing is computed."""
+    """A prediction per test sample in order, or per sample of `refs`; only what is missing is computed.
+
+    scored: told of each prediction as soon as it is there, those of the store first.
+    """
     refs = plan.samples.test if refs is None else refs
-    found = {ref.id: read_prediction(session, plan.predictions[ref.id]) for ref in refs}
-    missing = [ref for ref in refs if found[ref.id] is None]
+    found: dict[str, Prediction] = {}
+
+    def keep(ref: SampleRef, prediction: Prediction) -> None:
+        found[ref.id] = prediction
+        if scored is not None:
+            scored(ref, prediction)
+
+    for ref in refs:
+        if (known := read_prediction(session, plan.predictions[ref.id])) is not None:
+            keep(ref, known)
+    missing = [ref for ref in refs if ref.id not in found]
     if missing:
         method = method or fitted_method(session, plan, run)[0]
         watch = Stopwatch()
-        with session.reporter.task(f"{plan.samples.category}: scoring", len(missing)) as advance:
-            for done, ref in enumerate(missing, start=1):
-                scored = method.predict(stored_sample(session, plan, ref, method))
-                numbers = (scored.image_score, scored.aupro_scale)
-                if not (np.isfinite(scored.anomaly_map).all() and np.isfinite(numbers).all()):
+        with session.reporter.task(f"{plan.samples.category}: scoring", len(missing)) as advance, Behind() as behind:
+            samples = stored_features(session, plan, missing, method)
+            for done, (ref, sample) in enumerate(zip(missing, samples, strict=True), start=1):
+                prediction = method.predict(sample)
+                numbers = (prediction.image_score, prediction.aupro_scale)
+                if not (np.isfinite(prediction.anomaly_map).all() and np.isfinite(numbers).all()):
                     raise DataError(f"{plan.samples.category} {ref.id}: the method gave a score that is not finite")
-                write_prediction(session, plan.predictions[ref.id], scored)
-                found[ref.id] = scored
+                behind.hand_over(partial(write_prediction, session, plan.predictions[ref.id], prediction))
+                keep(ref, prediction)
                 watch.lap(done)
                 advance(done, len(missing))
         watch.record(session, method_name(PREDICT, run, session.resolve_device(), len(plan.samples.train)))
-    return [prediction for ref in refs if (prediction := found[ref.id]) is not None]
+    return [found[ref.id] for ref in refs]

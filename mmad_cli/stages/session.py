@@ -16,6 +16,7 @@ from mmad_cli.stages.progress import Reporter, SilentReporter
 from mmad_cli.store import Store, Timings
 
 DEVICES = ("auto", "cpu", "cuda")
+_ASKED = "asked for with --device"
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Session:
     timings: Timings = field(init=False, repr=False)
     cluster: Cluster | None = field(default=None, init=False, repr=False)
     _executor: Executor | None = field(default=None, init=False, repr=False)
-    _resolved_device: str | None = field(default=None, init=False, repr=False)
+    _resolved_device: tuple[str, str] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         resolve_workers(self.workers)
@@ -90,21 +91,28 @@ class Session:
 
     def resolve_device(self) -> str:
         """`cpu` or `cuda`. Raises UsageError when cuda is asked for and there is none."""
+        return self._choose_device()[0]
+
+    def device_reason(self) -> str:
+        """Why it is that device."""
+        return self._choose_device()[1]
+
+    def _choose_device(self) -> tuple[str, str]:
         if self._resolved_device is None:
-            self._resolved_device, reason = resolve_device(self.device)
+            self._resolved_device = resolve_device(self.device)
             if self.device == "auto":
-                self.reporter.notice(f"device: {self._resolved_device} ({reason})")
+                self.reporter.notice("device: {} ({})".format(*self._resolved_device))
         return self._resolved_device
 
 
 def resolve_device(device: str) -> tuple[str, str]:
     """`cpu` or `cuda` for what was asked, and why. Raises UsageError when cuda is asked for and there is none."""
     if device == "cpu":
-        return "cpu", "asked for"
+        return "cpu", _ASKED
     import torch
 
     if torch.cuda.is_available():
-        return "cuda", f"torch sees {torch.cuda.get_device_name()}"
+        return "cuda", _ASKED if device == "cuda" else f"torch sees {torch.cuda.get_device_name()}"
     reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
     if device == "cuda":
         raise UsageError(f"--device cuda: {reason}; use --device cpu or auto, and see `mmad doctor`")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from mmad_cli.errors import UNFORESEEN, DataError, unforeseen
 from mmad_cli.stages.clean import CleanJob, load_clean
 from mmad_cli.stages.executor import run_tasks
-from mmad_cli.stages.features import FeatureJob, batch_size, extract_batch, runs_in_pool
+from mmad_cli.stages.features import Batch, FeatureJob, batch_size, extract_batch, runs_in_pool
+from mmad_cli.stages.overlap import Behind, read_ahead
 from mmad_cli.stages.progress import Reporter
 from mmad_cli.stages.session import Session, resolve_device
 from mmad_cli.stages.timing import Stopwatch
@@ -92,6 +93,33 @@ def extract_task(task: ExtractTask) -> Outcome:
     return outcome
 
 
+def extract_here(tasks: Sequence[ExtractTask]) -> Iterator[tuple[int, Outcome]]:
+    """`extract_task` of each, in this process: the next batch is read and the one before stored while one is computed.
+
+    Yields the position of a task and its outcome.
+    """
+    noticed: list[list[str]] = [[] for _ in tasks]
+
+    def read(position: int) -> Batch:
+        batch = Batch(tasks[position].jobs)
+        batch.read(noticed[position].append)
+        return batch
+
+    with Behind() as behind:
+        for position, batch in read_ahead(range(len(tasks)), read):
+            task, notices = tasks[position], noticed[position]
+            try:
+                ready = batch.result()
+                ready.compute(resolve_device(task.device)[0])
+            except (DataError, *UNFORESEEN):
+                # again in the plain way, which names the sample that fails
+                outcome = extract_task(task)
+                yield position, replace(outcome, notices=[*notices, *outcome.notices])
+                continue
+            behind.hand_over(ready.write)
+            yield position, Outcome(notices, samples=len(task.jobs))
+
+
 def extract_tasks(session: Session, jobs: Sequence[FeatureJob]) -> list[ExtractTask]:
     """The jobs, all of one feature, in batches."""
     if session.cluster is not None:
@@ -112,8 +140,12 @@ def run_all(
     executor: Executor | None,
     reporter: Reporter,
     watch: Stopwatch,
+    here: Callable[[Sequence[Job]], Iterator[tuple[int, Outcome]]] | None = None,
 ) -> dict[str, str]:
-    """Run tasks with a progress bar and a stopwatch over samples; returns the failures by sample id."""
+    """Run tasks with a progress bar and a stopwatch over samples; returns the failures by sample id.
+
+    here: what runs them all where there is no executor, instead of the function one by one.
+    """
     failures: dict[str, str] = {}
     if not jobs:
         return failures
@@ -124,7 +156,8 @@ def run_all(
 
     done = 0
     with reporter.task(title, total) as advance:
-        for _, outcome in run_tasks(executor, function, jobs, lost=lost):
+        results = here(jobs) if here and executor is None else run_tasks(executor, function, jobs, lost=lost)
+        for _, outcome in results:
             for message in outcome.notices:
                 reporter.notice(message)
             failures.update(outcome.failures)

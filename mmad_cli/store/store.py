@@ -172,7 +172,8 @@ class Store:
         path = self.root / "locks" / artefact.key[:2] / f"{artefact.stage}-{artefact.key}.lock"
         with translated_os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path)
+            # whoever writes releases it, which may be another thread than the one that computed
+            lock = FileLock(path, thread_local=False)
             lock.acquire()
         try:
             yield
