@@ -126,6 +126,14 @@ class Batch:
                     mask = _pseudo_mask(job, self._samples[job.key])
                     self._store.write_tensors(job.artefact, {**arrays, **mask}, {"sample": job.clean.ref.id})
 
+    def release(self) -> None:
+        """Give the locks up without storing anything."""
+        self._locks.close()
+
+    def shares_with(self, other: Batch) -> bool:
+        """Whether a feature is in both, as that of a scan which is in the dataset twice."""
+        return not {job.key for job in self._jobs}.isdisjoint(job.key for job in other._jobs)
+
     def _missing(self) -> list[FeatureJob]:
         return [job for job in self._jobs if not self._store.has_tensors(job.artefact)]
 

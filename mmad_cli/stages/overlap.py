@@ -44,10 +44,14 @@ class Behind:
 
     def hand_over(self, work: Callable[[], object]) -> None:
         """Do this as soon as the piece before it is done; returns once that is so."""
-        before, self._last = self._last, None
-        if before is not None:
-            before.result()
+        self.finish()
         self._last = self._thread.submit(work)
+
+    def finish(self) -> None:
+        """Wait until everything that was handed over is done."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

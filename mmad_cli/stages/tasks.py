@@ -105,18 +105,27 @@ def extract_here(tasks: Sequence[ExtractTask]) -> Iterator[tuple[int, Outcome]]:
         batch.read(noticed[position].append)
         return batch
 
+    before: Batch | None = None
     with Behind() as behind:
         for position, batch in read_ahead(range(len(tasks)), read):
             task, notices = tasks[position], noticed[position]
             try:
                 ready = batch.result()
+                if before is not None and before.shares_with(ready):
+                    # this thread must not wait for a lock that it has taken itself
+                    behind.finish()
                 ready.compute(resolve_device(task.device)[0])
             except (DataError, *UNFORESEEN):
                 # again in the plain way, which names the sample that fails
                 outcome = extract_task(task)
                 yield position, replace(outcome, notices=[*notices, *outcome.notices])
                 continue
-            behind.hand_over(ready.write)
+            try:
+                behind.hand_over(ready.write)
+            except BaseException:
+                ready.release()
+                raise
+            before = ready
             yield position, Outcome(notices, samples=len(task.jobs))
 
 

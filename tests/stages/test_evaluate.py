@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mmad_cli.errors import DataError, UsageError
 from mmad_cli.methods.btf import BTF
 from mmad_cli.results.runs import read_scores
 from mmad_cli.results.schema import RunResult
-from mmad_cli.stages import api, features, predict, tasks
+from mmad_cli.stages import api, features, predict, scoring, tasks
 from mmad_cli.store import Store
 
 
@@ -52,6 +53,7 @@ def test_a_run_holds_what_the_contract_says(tiny_dataset: Path, tmp_path: Path) 
     for key in ("schema", "run_id", "created", "argv", "method", "dataset", "preprocessing", "weights", "environment"):
         assert key in summary
     assert summary["environment"]["device"] == "cpu"
+    assert summary["environment"]["device_reason"] == "asked for with --device"
     assert summary["dataset"]["categories"]["block"] == {
         "train": 4, "validation": 1, "test_good": 2, "test_anomalous": 2
     }  # fmt: skip
@@ -72,6 +74,26 @@ def test_a_run_holds_what_the_contract_says(tiny_dataset: Path, tmp_path: Path) 
     maps = load_file(folder / "block" / "maps.safetensors")
     assert set(maps) == {row.id for row in rows}
     assert all(m.shape == (224, 224) and m.dtype == np.float32 and np.isfinite(m).all() for m in maps.values())
+
+
+def test_ground_truth_is_read_while_the_method_scores(
+    tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    read, score = scoring.load_clean, BTF.predict
+    monkeypatch.setattr(scoring, "load_clean", lambda job, notice: (events.append("truth"), read(job, notice))[1])
+
+    def scored(self: BTF, sample: Any) -> Any:
+        deadline = time.monotonic() + 10
+        # the ground truth of the sample before is read without waiting for the last one
+        while events.count("truth") < events.count("score") and time.monotonic() < deadline:
+            time.sleep(0.001)
+        events.append("score")
+        return score(self, sample)
+
+    monkeypatch.setattr(BTF, "predict", scored)
+    evaluate(tiny_dataset, tmp_path, categories=["cube"])
+    assert events == ["score", "truth"] * 4
 
 
 def test_metrics_are_those_of_the_written_scores_and_maps(tiny_dataset: Path, tmp_path: Path) -> None:

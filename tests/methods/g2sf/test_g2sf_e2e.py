@@ -29,7 +29,7 @@ def test_from_scans_to_metrics_and_again_from_the_store(tiny_dataset, tmp_path, 
     assert second.categories["block"].metrics == first.categories["block"].metrics
     assert (tmp_path / "run-two/block/scores.csv").read_text() == (folder / "block/scores.csv").read_text()
     # the first store again: nothing is computed
-    monkeypatch.setattr("mmad_cli.stages.features.extract_batch", None)
+    monkeypatch.setattr("mmad_cli.stages.features.Batch.compute", None)
     monkeypatch.setattr("mmad_cli.methods.g2sf.method.G2SF.fit", None)
     third, _ = evaluate("one")
     assert third.categories == first.categories
