@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmad_cli.alignment.pooling import patches_from_points
 from mmad_cli.backbones._checkpoints import build_with, read_checkpoint
@@ -15,6 +18,7 @@ from mmad_cli.backbones.base import Features
 from mmad_cli.backbones.builtin import RGB, is_builtin
 from mmad_cli.backbones.cloud_images import normal_image, relief_image, sample_bilinear, shaded_views
 from mmad_cli.backbones.weights import WeightsRecord, resolve
+from mmad_cli.devices import in_batches
 from mmad_cli.errors import DataError, UsageError, WeightsError
 
 if TYPE_CHECKING:
@@ -30,6 +34,11 @@ RENDER_GRID = 56
 
 _BATCH_CPU = 8
 _BATCH_GPU = 32
+# images in one pass through the network on a GPU: while it computes, the next ones are resized and sent
+_STEP_GPU = 8
+
+# waits for features that are being computed
+_Running = Callable[[], list[Features]]
 
 
 class TimmBackbone:
@@ -43,7 +52,7 @@ class TimmBackbone:
         self._device = torch.device(device)
         record = resolve(self._settings.model)
         self._network = _load(self._settings, record).to(self._device, self._dtype).eval().requires_grad_(False)
-        self._mean, self._std = _constants(self._settings)
+        self._mean, self._std = (values.to(self._device) for values in _constants(self._settings))
 
     @property
     def batch_size(self) -> int:
@@ -54,13 +63,31 @@ class TimmBackbone:
         """`out{i}` float32 (C, h, w) per chosen output, or `tokens` float32 (P, C) and `grid` int32 (2,)."""
         if self.spec.input == "render":
             return [self._rendered(sample) for sample in samples]
+        return list(in_batches(samples, self.batch_size, self._batch, "image features"))
+
+    def _batch(self, samples: Sequence[Sample]) -> list[Features]:
+        if self._device.type == "cpu":
+            return self._features(map(self._image, samples))
+        import torch
+
+        # one GPU takes images faster than one core resizes them
+        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+            return self._features(pool.map(self._image, samples))
+
+    @property
+    def _step(self) -> int:
         # one by one on a CPU: as fast there, and a value never depends on which samples share a batch
-        step = 1 if self._device.type == "cpu" else _BATCH_GPU
-        features: list[Features] = []
-        for start in range(0, len(samples), step):
-            images = np.stack([self._image(sample) for sample in samples[start : start + step]])
-            features.extend(self._forward(images))
-        return features
+        return 1 if self._device.type == "cpu" else _STEP_GPU
+
+    def _features(self, images: Iterable[FloatArray]) -> list[Features]:
+        """Features of each image, one step behind what the device computes."""
+        waiting, found = iter(images), list[Features]()
+        running: _Running = list
+        while some := list(islice(waiting, self._step)):
+            started = self._start(np.stack(some))
+            found += running()
+            running = started
+        return found + running()
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -98,8 +125,7 @@ class TimmBackbone:
             raise DataError(f"{sample.id}: no valid 3D points, so there is nothing to render; check its xyz file")
         views = shaded_views(xyz)
         total: Any = 0
-        for view in views:
-            features = self._forward(view.image[None])[0]
+        for view, features in zip(views, self._features(view.image for view in views), strict=True):
             maps = [_as_map(features, name) for name in features if name != "grid"]
             total = total + np.concatenate([sample_bilinear(one, view.at, settings.size) for one in maps], axis=1)
         points = total / len(views)
@@ -107,29 +133,59 @@ class TimmBackbone:
         tokens = patches_from_points(points, pixel, settings.size, RENDER_GRID)
         return {"tokens": tokens, "grid": np.array([RENDER_GRID, RENDER_GRID], dtype=np.int32)}
 
-    def _forward(self, images: FloatArray) -> list[Features]:
+    def _start(self, images: FloatArray) -> _Running:
+        """Let the device compute features of images (B, 3, size, size); what comes back waits for them."""
         import torch
 
         with torch.inference_mode(), _full_precision(self._device):
-            batch = torch.from_numpy(images)
-            batch = ((batch - self._mean) / self._std).to(self._device, self._dtype)
+            batch = ((_on_device(images, self._device) - self._mean) / self._std).to(self._dtype)
             if self._settings.outputs is None:
                 return self._tokens(batch)
             return self._maps(batch, self._settings.outputs)
 
-    def _maps(self, batch: torch.Tensor, outputs: Sequence[int]) -> list[Features]:
-        maps = [output.float().cpu().numpy() for output in self._network(batch)]
-        return [
-            {f"out{i}": np.ascontiguousarray(of_output[sample]) for i, of_output in zip(outputs, maps, strict=True)}
-            for sample in range(len(batch))
-        ]
+    def _maps(self, batch: torch.Tensor, outputs: Sequence[int]) -> _Running:
+        arriving = _arriving([output.float() for output in self._network(batch)])
 
-    def _tokens(self, batch: torch.Tensor) -> list[Features]:
+        def features() -> list[Features]:
+            maps = arriving()
+            return [
+                {f"out{i}": np.ascontiguousarray(of_output[sample]) for i, of_output in zip(outputs, maps, strict=True)}
+                for sample in range(len(batch))
+            ]
+
+        return features
+
+    def _tokens(self, batch: torch.Tensor) -> _Running:
         network = cast("Any", self._network)
         # class and register tokens come first and belong to no patch
-        tokens = network.forward_features(batch)[:, network.num_prefix_tokens :].float().cpu().numpy()
+        arriving = _arriving([network.forward_features(batch)[:, network.num_prefix_tokens :].float()])
         grid = np.array(_grid(network, self._settings), dtype=np.int32)
-        return [{"tokens": np.ascontiguousarray(of_sample), "grid": grid.copy()} for of_sample in tokens]
+        return lambda: [{"tokens": np.ascontiguousarray(of_sample), "grid": grid.copy()} for of_sample in arriving()[0]]
+
+
+def _on_device(images: FloatArray, device: torch.device) -> torch.Tensor:
+    import torch
+
+    batch = torch.from_numpy(images)
+    # from memory that the system does not move a GPU fetches by itself, so nothing waits
+    return batch if device.type == "cpu" else batch.pin_memory().to(device, non_blocking=True)
+
+
+def _arriving(tensors: Sequence[torch.Tensor]) -> Callable[[], list[NDArray[Any]]]:
+    """Start to copy tensors to the host; what comes back waits for the copies."""
+    import torch
+
+    if tensors[0].device.type != "cuda":
+        return lambda: [tensor.cpu().numpy() for tensor in tensors]
+    copies = [tensor.contiguous().to("cpu", non_blocking=True) for tensor in tensors]
+    # only what is queued so far: the next step may be behind it already
+    copied = torch.cuda.current_stream().record_event()
+
+    def arrays() -> list[NDArray[Any]]:
+        copied.synchronize()
+        return [copy.numpy() for copy in copies]
+
+    return arrays
 
 
 def _as_map(features: Features, name: str) -> FloatArray:
@@ -254,7 +310,10 @@ def _scaled(rgb: Any) -> FloatArray:
 
 @contextlib.contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Plain float32 on a GPU: TF32 would put CPU and GPU features 1e-3 apart."""
+    """Plain float32 on a GPU: TF32 would put CPU and GPU features 1e-3 apart.
+
+    PyTorch allows it for convolutions by default, but for matrix products only where a user asks for it.
+    """
     import torch
 
     if device.type != "cuda":

@@ -244,6 +244,23 @@ def test_timm_imports_whatever_torchvision_is_like() -> None:
     assert torchvision_state() in ("complete", "python only", "missing")
 
 
+@pytest.mark.parametrize("spec", [FeatureSpec.timm(CNN, outputs=[2, 3]), FeatureSpec.timm(VIT)])
+def test_steps_of_a_gpu_keep_the_order(
+    install: Any, golden_sample: GoldenSample, monkeypatch: pytest.MonkeyPatch, spec: FeatureSpec
+) -> None:
+    """While one step is computed the next one is prepared; features still come in the order of the samples."""
+    install(spec.params["model"])
+    backbone = create(spec)
+    samples = [golden_sample(i) for i in (0, 5, 8, 3, 1)]
+    alone = backbone.extract(samples)
+    monkeypatch.setattr(type(backbone), "_step", 2)
+    monkeypatch.setattr(type(backbone), "batch_size", 4)
+    for one, other in zip(alone, backbone.extract(samples), strict=True):
+        for name in one:
+            assert one[name].dtype == other[name].dtype
+            np.testing.assert_allclose(other[name], one[name], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("spec", [FeatureSpec.timm(CNN, outputs=[2, 3]), FeatureSpec.timm(VIT)])
