@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from mmad_cli.devices import or_on_cpu
 from mmad_cli.memory.limit import bounded_empty, fits
 from mmad_cli.types import FloatArray, IndexArray
 
@@ -210,22 +211,31 @@ class MemoryBank:
             return np.arange(n_rows, dtype=np.int64)
         if config.coreset == "random":
             return coreset.random_coreset(n_rows, count, stream)
-        projected = self._projected(blocks, n_rows, n_channels, stream)
-        if config.coreset == "approximate":
-            return coreset.approximate_greedy_coreset(projected, count, config.n_starts, stream, self.device, progress)
-        return coreset.greedy_coreset(projected, count, config.start, self.device, config.coreset_dtype, progress)
+        # drawn once, so that a second try on the CPU selects the same rows
+        projection = self._projection(n_rows, n_channels, stream)
+        state = None if stream is None else stream.get_state()
 
-    def _projected(self, blocks: Blocks, n_rows: int, n_channels: int, stream: np.random.RandomState | None) -> Tensor:
+        def selected(device: str) -> IndexArray:
+            if stream is not None and state is not None:
+                stream.set_state(state)
+            projected = self._projected(blocks, n_rows, n_channels, projection, device)
+            if config.coreset == "approximate":
+                return coreset.approximate_greedy_coreset(projected, count, config.n_starts, stream, device, progress)
+            return coreset.greedy_coreset(projected, count, config.start, device, config.coreset_dtype, progress)
+
+        return or_on_cpu(selected, self.device, f"selecting {count} of {n_rows} rows")
+
+    def _projected(self, blocks: Blocks, n_rows: int, n_channels: int, projection: Any, device: str) -> Tensor:
         import torch
 
         from mmad_cli.memory.projection import Projector
 
-        projector = Projector(self._projection(n_rows, n_channels, stream), self.device)
+        projector = Projector(projection, device)
         width = n_channels if projector.weight is None else projector.weight.shape[0]
-        if self.device == "cpu":
+        if device == "cpu":
             out = torch.from_numpy(bounded_empty((n_rows, width)))
         else:
-            out = torch.empty((n_rows, width), dtype=torch.float32, device=self.device)
+            out = torch.empty((n_rows, width), dtype=torch.float32, device=device)
         for position, block in self._normalised(blocks, n_rows, n_channels):
             out[position : position + len(block)] = projector(block)
         return out

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmad_cli.devices import elements_that_fit
 from mmad_cli.types import IndexArray
 
 Progress = Callable[[int, int], None]
@@ -212,7 +213,7 @@ def _squared_distances(table: Tensor, row: int) -> Tensor:
     out = torch.empty(table.shape[0], dtype=torch.float64, device=table.device)
     # One buffer for all tiles: fresh ones would fragment the heap.
     buffer = torch.empty((_tile_rows(table), table.shape[1]), dtype=torch.float64, device=table.device)
-    for a, b in _row_tiles(table):
+    for a, b in _spans(table.shape[0], len(buffer)):
         tile = buffer[: b - a].copy_(table[a:b]).sub_(origin)
         torch.sum(tile.square_(), 1, out=out[a:b])
     return _finite(out)
@@ -237,7 +238,8 @@ def _tile_rows(table: Tensor) -> int:
 
 
 def _tile_elements(table: Tensor) -> int:
-    return 1 << (20 if table.device.type == "cpu" else 26)
+    """Elements of a temporary array of at most 8 bytes each; on a GPU fewer where little memory is free."""
+    return 1 << 20 if table.device.type == "cpu" else elements_that_fit(table.device, 1 << 26, 8)
 
 
 class _Measure(Protocol):
@@ -440,7 +442,7 @@ class _Half:
         origin = self.source[start].to(dtype)
         out = torch.empty(len(self.source), dtype=dtype, device=self.source.device)
         buffer = out.new_empty((_tile_rows(self.source), self.source.shape[1]))
-        for a, b in _row_tiles(self.source):
+        for a, b in _spans(len(out), len(buffer)):
             tile = buffer[: b - a].copy_(self.source[a:b]).sub_(origin)
             torch.linalg.vector_norm(tile, dim=1, out=out[a:b])
         return _finite(out).to(torch.float16).to(torch.float32)

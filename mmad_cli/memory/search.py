@@ -7,11 +7,12 @@ import os
 import sys
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmad_cli.devices import elements_that_fit, or_on_cpu
 from mmad_cli.memory.expansion import squared_norms
 from mmad_cli.memory.limit import fits, tile_elements
 from mmad_cli.types import FloatArray, IndexArray
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 _QUERY_TILE = 4096
 _TILE_ELEMENTS = 1 << 24
+# products of queries and rows at a time on a GPU, and what FAISS may use for its own
+_GPU_PRODUCTS = 1 << 27
+_FAISS_TEMPORARY = 1 << 28
 # Rounding in the products may swap close neighbours; these many more are looked at again by differences.
 _EXTRA = 4
 _CORE_TYPE = "OPENBLAS_CORETYPE"
@@ -32,7 +36,8 @@ class FlatIndex:
     The neighbours are found by matrix products: with FAISS (IndexFlatL2) on the CPU and on a GPU that FAISS sees,
     with PyTorch in tiles on a GPU that it does not. Their distances are then evaluated again by differences, so that
     an exact hit has distance exactly 0. Both sides are centred first, which keeps the cancellation in the products
-    small. `backend` "faiss" or "torch" forces one.
+    small. `backend` "faiss" or "torch" forces one. When a GPU has no memory for the rows or for a search, a notice says
+    so and the CPU takes over for good; `device` tells where the searches run.
 
     Raises ValueError for rows that are not 2-D, empty or not finite, and for an unknown backend.
     """
@@ -45,11 +50,12 @@ class FlatIndex:
         self.rows: FloatArray = rows if mapped else np.ascontiguousarray(rows, dtype=np.float32)
         if self.rows.ndim != 2 or self.rows.size == 0:
             raise ValueError(f"rows: must be a non-empty (M, C) matrix, got shape {np.shape(rows)}")
-        self.device = device
         self.shift: FloatArray = self.rows.mean(0, dtype=np.float64).astype(np.float32)
         if not np.isfinite(self.shift).all():
             raise ValueError("rows: must be finite, got NaN or infinite values")
-        self._searcher = _make_searcher(self.rows, self.shift, device, backend)
+        self.device, self._backend = device, backend
+        self._searcher: _Searcher | None = None
+        or_on_cpu(self._searcher_on, device, self._task)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -90,10 +96,30 @@ class FlatIndex:
         return out
 
     def _nearest(self, queries: FloatArray, k: int) -> tuple[FloatArray, IndexArray]:
-        found = self._searcher.search(queries - self.shift, min(k + _EXTRA, len(self)))
+        shifted, count = queries - self.shift, min(k + _EXTRA, len(self))
+        found = or_on_cpu(lambda device: self._searcher_on(device).search(shifted, count), self.device, self._task)
         distances = self.distances_to(queries, found)
         order = np.lexsort((found, distances), axis=1)[:, :k]
         return np.take_along_axis(distances, order, 1), np.take_along_axis(found, order, 1)
+
+    def _searcher_on(self, device: str) -> _Searcher:
+        if self._searcher is None or device != self.device:
+            # the old one first, so that its memory is free
+            self._searcher = None
+            self._searcher = _make_searcher(self.rows, self.shift, device, self._backend)
+            self.device = device
+        return self._searcher
+
+    @property
+    def _task(self) -> str:
+        return f"search among {len(self)} x {self.n_channels} rows"
+
+
+class _Searcher(Protocol):
+    """Finds rows nearest to queries, both shifted."""
+
+    def search(self, queries: FloatArray, k: int) -> IndexArray:
+        """Indices int64 (n, k) of the nearest rows of queries (n, C), nearest first up to rounding."""
 
 
 def import_faiss() -> Any:
@@ -131,7 +157,10 @@ class _FaissSearcher:
         if gpu is not None:
             config = faiss.GpuIndexFlatConfig()
             config.device = gpu
-            index = faiss.GpuIndexFlatL2(faiss.StandardGpuResources(), rows.shape[1], config)
+            resources = faiss.StandardGpuResources()
+            # FAISS takes up to 1.5 GB for itself at once, for every bank
+            resources.setTempMemory(4 * elements_that_fit(f"cuda:{gpu}", _FAISS_TEMPORARY, 4))
+            index = faiss.GpuIndexFlatL2(resources, rows.shape[1], config)
         step = max(1, _TILE_ELEMENTS // rows.shape[1])
         for i in range(0, len(rows), step):
             index.add(rows[i : i + step] - shift)
@@ -167,10 +196,16 @@ class _TorchSearcher:
         import torch
 
         self.device = device
-        cpu = device == "cpu"
-        self.query_tile, self.row_tile = (1024, 4096) if cpu else (4096, 32768)
-        self.rows = torch.from_numpy(rows - shift).to(device)
-        self.norms = self.rows.square().sum(1)
+        if device == "cpu":
+            self.query_tile, self.row_tile = 1024, 4096
+        else:
+            self.query_tile, self.row_tile = 4096, elements_that_fit(device, _GPU_PRODUCTS, 4) // 4096
+        self.rows = torch.empty(rows.shape, device=device)
+        self.norms = torch.empty(len(rows), device=device)
+        step = max(1, _TILE_ELEMENTS // rows.shape[1])
+        for i in range(0, len(rows), step):
+            tile = self.rows[i : i + step].copy_(torch.from_numpy(rows[i : i + step] - shift))
+            self.norms[i : i + step] = tile.square().sum(1)
         self.scratch = torch.empty(self.query_tile * min(self.row_tile, len(rows)), device=device)
 
     def search(self, queries: FloatArray, k: int) -> IndexArray:
@@ -199,9 +234,7 @@ class _TorchSearcher:
         return index
 
 
-def _make_searcher(
-    rows: FloatArray, shift: FloatArray, device: str, backend: str
-) -> _FaissSearcher | _TiledFaissSearcher | _TorchSearcher:
+def _make_searcher(rows: FloatArray, shift: FloatArray, device: str, backend: str) -> _Searcher:
     if backend not in ("auto", "faiss", "torch"):
         raise ValueError(f"backend: must be 'auto', 'faiss' or 'torch', got {backend!r}")
     if backend == "torch":

@@ -1,0 +1,103 @@
+"""A GPU without enough memory: smaller tiles, then the CPU, with the same results. The GPU is made up.
+
+`cpu:0` is a device that is not called `cpu`: everything takes the path of a GPU there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmad_cli.memory import BankConfig, FlatIndex, MemoryBank, coreset, greedy_coreset, search
+
+GPU = "cpu:0"
+
+
+def exhausted(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_bank_that_does_not_fit_is_searched_on_the_cpu(clustered, monkeypatch, caplog, backend):
+    rows, queries = clustered(900, 30), clustered(50, 30, seed=1)
+    make = search._make_searcher
+    monkeypatch.setattr(search, "_make_searcher", lambda *a: exhausted() if a[2] == GPU else make(*a))
+    index = FlatIndex(rows, GPU, backend)
+    assert index.device == "cpu"
+    assert "search among 900 x 30 rows: no memory left on cpu:0" in caplog.text
+    expected = FlatIndex(rows, "cpu", backend).nearest(queries, 3)
+    assert all(np.array_equal(a, b) for a, b in zip(index.nearest(queries, 3), expected, strict=True))
+
+
+def test_memory_that_ends_in_a_search_changes_the_device_once(clustered, monkeypatch, caplog):
+    rows, queries = clustered(900, 30), clustered(50, 30, seed=1)
+    index = FlatIndex(rows, GPU, "torch")
+    expected = index.nearest(queries, 3)
+    assert index.device == GPU
+    # what FAISS says
+    error = RuntimeError("Error: 'err == cudaSuccess' failed: cudaMalloc error out of memory [2]")
+
+    def fails(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(index._searcher, "search", fails)
+    for _ in range(2):
+        found = index.nearest(queries, 3)
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert index.device == "cpu"
+    assert caplog.text.count("no memory left") == 1
+
+
+def test_other_errors_of_a_device_are_not_hidden(clustered, monkeypatch):
+    index = FlatIndex(clustered(100, 8), GPU, "torch")
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("device-side assert triggered")
+
+    monkeypatch.setattr(index._searcher, "search", fails)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        index.nearest(clustered(10, 8), 1)
+
+
+@pytest.mark.parametrize("kind", ["greedy", "approximate"])
+def test_a_selection_without_memory_goes_on_on_the_cpu(clustered, monkeypatch, caplog, kind):
+    """With the picks that the CPU makes: the random stream starts again where it was."""
+    rows = clustered(800, 400)
+    config = BankConfig(fraction=0.1, coreset=kind, projection="dense")
+
+    def bank(device: str) -> MemoryBank:
+        return MemoryBank(config).fit(lambda: iter([rows[:300], rows[300:]]), 800, 400, 7, device)
+
+    expected = bank("cpu")
+    name = {"greedy": "greedy_coreset", "approximate": "approximate_greedy_coreset"}[kind]
+    select = getattr(coreset, name)
+
+    def on_cpu_only(*arguments: Any) -> Any:
+        if GPU in arguments:
+            select(*arguments)
+            exhausted()
+        return select(*arguments)
+
+    monkeypatch.setattr(coreset, name, on_cpu_only)
+    found = bank(GPU)
+    assert np.array_equal(found.picks_, expected.picks_)
+    assert np.array_equal(found.rows_, expected.rows_)
+    assert "selecting 80 of 800 rows: no memory left on cpu:0" in caplog.text
+
+
+def test_small_tiles_change_no_choice(clustered, monkeypatch):
+    """What a card with little free memory computes with."""
+    rows, queries = clustered(3000, 100), clustered(70, 100, seed=1)
+    expected = greedy_coreset(rows, 300)
+    found = FlatIndex(rows, GPU, "torch").nearest(queries, 3)
+    monkeypatch.setattr(coreset, "_tile_elements", lambda table: 1 << 14)
+    monkeypatch.setattr(search, "elements_that_fit", lambda *_: 1 << 16)
+    monkeypatch.setattr(search, "_TILE_ELEMENTS", 1 << 12)
+    assert np.array_equal(greedy_coreset(rows, 300), expected)
+    index = FlatIndex(rows, GPU, "torch")
+    assert index._searcher.row_tile == 16
+    for a, b in zip(index.nearest(queries, 3), found, strict=True):
+        np.testing.assert_array_equal(a, b)
