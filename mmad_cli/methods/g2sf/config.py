@@ -6,12 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mmad_cli.methods.base import MethodConfig
 from mmad_cli.methods.btf import as_tuple
-from mmad_cli.pseudo.config import Augmentation
+from mmad_cli.methods.experts.pseudo_config import PseudoConfig
 
 Variant = Literal["dino+point_mae", "cnn+fpfh"]
-Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 
 _IMAGE_NETWORKS: dict[Variant, str] = {
@@ -20,7 +18,7 @@ _IMAGE_NETWORKS: dict[Variant, str] = {
 }
 
 
-class G2SFConfig(MethodConfig):
+class G2SFConfig(PseudoConfig):
     """Switches of G2SF; the defaults are what the released code computes."""
 
     variant: Variant = "dino+point_mae"
@@ -44,19 +42,6 @@ class G2SFConfig(MethodConfig):
     coreset_eps: float = Field(default=0.9, gt=0, lt=1)
     # `float16` makes ties; `float32` is exact
     coreset_dtype: Literal["float16", "float32"] = "float16"
-
-    # pseudo anomalies in all, and at most of each training sample; 800 in all are published
-    pseudo_samples: int = Field(default=800, ge=1)
-    pseudo_per_sample: int = Field(default=4, ge=1)
-    pseudo_seed: int = Field(default=0, ge=0)
-    pose: Literal["published", "narrow", "wide", "none"] = "published"
-    # `resample`: moving a scan leaves the coordinates of its points as they are; `consistent` moves them too
-    geometry: Literal["resample", "consistent"] = "resample"
-    donors: Literal["dataset", "category", "self"] = "dataset"
-    donors_per_category: int = Field(default=8, ge=1)
-    threshold: float = Field(default=0.4, gt=0, lt=1)
-    bump_probability: Share = 0.0
-    hole_probability: Share = 0.0
 
     # `patch` lets patches of one scan be on both sides; `sample` divides training scans
     split: Literal["patch", "sample"] = "patch"
@@ -102,25 +87,6 @@ class G2SFConfig(MethodConfig):
     def image_network(self) -> str:
         """The RGB network."""
         return self.rgb_backbone or _IMAGE_NETWORKS[self.variant]
-
-    @property
-    def augmentations(self) -> list[Augmentation]:
-        """The pseudo anomalies of a training sample."""
-        return [
-            Augmentation(
-                index=index,
-                seed=self.pseudo_seed,
-                pose=self.pose,
-                geometry=self.geometry,
-                donors=self.donors,
-                donors_per_category=self.donors_per_category,
-                threshold=self.threshold,
-                bump_probability=self.bump_probability,
-                hole_probability=self.hole_probability,
-                limit=self.pseudo_samples,
-            )
-            for index in range(self.pseudo_per_sample)
-        ]
 
 
 CORRECTED: dict[str, Any] = {

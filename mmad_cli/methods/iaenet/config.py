@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mmad_cli.methods.base import MethodConfig
 from mmad_cli.methods.btf import as_tuple
+from mmad_cli.methods.experts.pseudo_config import PseudoConfig, Share
 from mmad_cli.pseudo.config import Augmentation
 
 ExpertName = Literal["image", "fpfh", "points"]
@@ -26,7 +26,6 @@ IMPORTANCE: tuple[Importance, ...] = ("iaf_s", "iaf_f")
 Mode2D = Literal["normal", "depth", "render", "rgb"]
 INPUTS: dict[Mode2D, str] = {"normal": "normals", "depth": "relief", "render": "render", "rgb": "rgb"}
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 
 
@@ -34,7 +33,7 @@ def _names(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-class IAENetConfig(MethodConfig):
+class IAENetConfig(PseudoConfig):
     """Switches of the ensemble; the defaults are our design."""
 
     variant: Variant = "iaf_s"
@@ -66,15 +65,9 @@ class IAENetConfig(MethodConfig):
     quantile: float = Field(default=0.995, gt=0, le=1)
     normaliser_on: Literal["validation", "pseudo"] = "validation"
 
-    # pseudo anomalies in all, and at most of each training sample
+    # of the pseudo anomalies: fewer than G2SF has, moved with their coordinates, and some with bumps and holes
     pseudo_samples: int = Field(default=400, ge=1)
-    pseudo_per_sample: int = Field(default=4, ge=1)
-    pseudo_seed: int = Field(default=0, ge=0)
-    pose: Literal["published", "narrow", "wide", "none"] = "published"
     geometry: Literal["resample", "consistent"] = "consistent"
-    donors: Literal["dataset", "category", "self"] = "dataset"
-    donors_per_category: int = Field(default=8, ge=1)
-    threshold: float = Field(default=0.4, gt=0, lt=1)
     bump_probability: Share = 0.5
     hole_probability: Share = 0.15
 
@@ -162,24 +155,8 @@ class IAENetConfig(MethodConfig):
 
     @property
     def augmentations(self) -> list[Augmentation]:
-        """The pseudo anomalies of a training sample."""
-        if not self.needs_pseudo:
-            return []
-        return [
-            Augmentation(
-                index=index,
-                seed=self.pseudo_seed,
-                pose=self.pose,
-                geometry=self.geometry,
-                donors=self.donors,
-                donors_per_category=self.donors_per_category,
-                threshold=self.threshold,
-                bump_probability=self.bump_probability,
-                hole_probability=self.hole_probability,
-                limit=self.pseudo_samples,
-            )
-            for index in range(self.pseudo_per_sample)
-        ]
+        """The pseudo anomalies of a training sample; none where nothing reads them."""
+        return super().augmentations if self.needs_pseudo else []
 
 
 FAST: dict[str, Any] = {
