@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 HTML = "html"
 HTML_FILE = "report.html"
+STANDARD_OUTPUT = Path("-")
 
 
 def report(
@@ -29,7 +30,8 @@ def report(
         "table"
     ),
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write to this file instead.", show_default=False)
+        Path | None,
+        typer.Option("--output", "-o", help="Write to this file; - for standard output.", show_default=False),
     ] = None,
     metric: Annotated[
         list[str] | None,
@@ -160,7 +162,7 @@ def report(
         _update(results, update_reference, metrics, category)
     if format == HTML:
         _write_html(output or Path(HTML_FILE), _folders(runs or []), metrics, comparisons, data, store)
-    elif format == "table" and output is None:
+    elif format == "table" and output in (None, STANDARD_OUTPUT):
         print_rich(render_rich(results, metrics, comparisons))
     else:
         _give(render(results, format, metrics, comparisons), output)
@@ -171,7 +173,7 @@ def _give(text: str, output: Path | None) -> None:
     """To the file, or to standard output."""
     from mmad_cli.files import atomic_write
 
-    if output is None:
+    if output in (None, STANDARD_OUTPUT):
         print_out(text, end="")
         return
     atomic_write(output, text.encode(errors="surrogateescape"))
@@ -192,7 +194,7 @@ def _leaderboard(
     from mmad_cli.reports import render_leaderboards, render_leaderboards_rich
 
     boards = _boards(runs, metrics, categories, include, confidence, data, store)
-    if format == "table" and output is None:
+    if format == "table" and output in (None, STANDARD_OUTPUT):
         print_rich(render_leaderboards_rich(boards))
     else:
         _give(render_leaderboards(boards, format), output)
@@ -250,13 +252,11 @@ def _write_html(
     data: Path | None,
     store: str | None,
 ) -> None:
-    from mmad_cli.files import atomic_write
     from mmad_cli.stages.pictures import html_report
 
     with ConsoleReporter() as reporter, open_session(reporter, store) as session:
         text = html_report(session, folders, data=data, metrics=metrics, comparisons=comparisons)
-    atomic_write(output, text.encode())
-    print_err(f"written: {output}")
+    _give(text, output)
 
 
 def _load(runs: list[Path]) -> list[RunResult]:

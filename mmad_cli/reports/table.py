@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -38,14 +38,42 @@ def table_text(document: Document) -> str:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """The table of a section, with rows as columns on a console that is too narrow for it."""
+    """The table of a section; on a console that is too narrow for it, rows as columns or several tables."""
 
     section: Section
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = _table(self.section)
-        fits = not self.section.transposable or _width(table) <= options.max_width
-        yield table if fits else _transposed(self.section)
+        whole = [_table(self.section)]
+        if self.section.transposable:
+            whole.append(_transposed(self.section))
+        for table in whole:
+            if _width(table) <= options.max_width:
+                yield table
+                return
+        for number, part in enumerate(_by_columns(self.section, options.max_width)):
+            if number:
+                yield Text("")
+            yield _table(part)
+
+
+def _by_columns(section: Section, width: int) -> list[Section]:
+    """The same with as many columns of numbers at a time as fit beside those of text, at least one."""
+    text, count = section.text_columns, len(section.header)
+    parts, first = [], text
+    while first < count:
+        end = first + 1
+        while end < count and _width(_table(_some_columns(section, first, end + 1))) <= width:
+            end += 1
+        parts.append(_some_columns(section, first, end))
+        first = end
+    return parts or [section]
+
+
+def _some_columns(section: Section, first: int, end: int) -> Section:
+    """The columns of text and those from `first` to before `end`."""
+    text = section.text_columns
+    rows = tuple((*row[:text], *row[first:end]) for row in section.rows)
+    return replace(section, header=(*section.header[:text], *section.header[first:end]), rows=rows)
 
 
 def _width(table: Table) -> int:

@@ -94,6 +94,8 @@ def test_every_format_keeps_the_exit_code(mmad: Any, run: Path, format: str) -> 
     assert code == 1 and "cube" in out
     assert status(mmad, "--output", "file", format=format) == (1, "")
     assert Path("file").read_text() == out or format == "table"
+    assert status(mmad, "--output", "-", format=format) == (1, out)
+    assert not Path("-").exists()
 
 
 def test_junit_of_a_run(mmad: Any, run: Path) -> None:

@@ -11,8 +11,10 @@ import pytest
 from rich.console import Console
 
 from mmad_cli.errors import UsageError
+from mmad_cli.metrics import METRIC_KEYS
 from mmad_cli.reports import FORMATS, render, render_rich
 from mmad_cli.results.compare import compare
+from mmad_cli.results.metric_names import label
 from mmad_cli.results.reference import ReferenceTable
 from mmad_cli.results.schema import CategoryResult, RunResult
 
@@ -164,6 +166,18 @@ def test_a_narrow_terminal_shows_runs_as_columns(run, other_run):
     console.print(render_rich([run, other_run], ["i_auroc"]))
     lines = console.file.getvalue().splitlines()
     assert [line.split() for line in lines if line.startswith("category7")] == [["category7", "0.123", "0.123"]]
+
+
+def test_a_narrow_terminal_shows_many_metrics_in_several_tables(run):
+    run.set_category("cube", CategoryResult(status="ok", metrics=dict.fromkeys(METRIC_KEYS, 0.123)))
+    console = Console(file=io.StringIO(), width=100)
+    console.print(render_rich([run], METRIC_KEYS))
+    lines = console.file.getvalue().splitlines()
+    # each table has all of its headers in one line, and every number stands once
+    heads = [line.split()[1:] for line in lines if line.startswith("category")]
+    assert len(heads) > 1
+    assert " ".join(word for words in heads for word in words) == " ".join(map(label, METRIC_KEYS))
+    assert sum(line.count("0.123") for line in lines if line.startswith("cube")) == len(METRIC_KEYS)
 
 
 def test_table_text_is_plain_and_never_cut(run, other_run):
