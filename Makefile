@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-long lint gate bench bench-gpu docs clean
+.PHONY: install demo test test-long lint gate bench bench-scaling bench-gpu docs clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)  ## the environment: .venv with mmad and the development tools
@@ -31,8 +31,11 @@ lint: $(STAMP)  ## style, types, direction of imports
 gate: $(STAMP)  ## our own numbers on a small synthetic dataset against ci/btf-fpfh.json
 	bash ci/gate.sh
 
-bench: $(STAMP)  ## our speed against the published form, measured in one run
-	$(BIN)/python -m benchmarks
+bench: $(STAMP)  ## our speed against the published form, measured in one run (10 minutes on 2 quiet cores); bench.json
+	$(BIN)/python -m benchmarks --json bench.json
+
+bench-scaling: $(STAMP)  ## how cost grows with rows, dimensions, samples, workers; plots in docs/assets
+	$(BIN)/python -m benchmarks.scaling --json scaling.json --plot docs/assets
 
 bench-gpu: $(STAMP)  ## figures of a GPU; ends with 2 where there is none
 	$(BIN)/python -m benchmarks.gpu

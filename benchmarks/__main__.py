@@ -1,8 +1,9 @@
-"""Every benchmark in one process: our form against the published form, as ratios, with the bars they must meet.
+"""Every benchmark: our form against the published form, as ratios, with the bars they must meet.
 
     python -m benchmarks [--quick] [--only NAME]... [--json FILE]
 
-Ends with 1 when a bar is missed.
+A benchmark runs in a process of its own, so that one's libraries, threads and memory do not disturb the next; both
+forms of a step run in that same process. Ends with 1 when a bar is missed, with 2 when a benchmark failed.
 """
 
 from __future__ import annotations
@@ -10,14 +11,21 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import pkgutil
-import platform
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import description
+from benchmarks.turns import HEADING, Row, line
+
 PREFIX = "bench_"
+ROOT = Path(__file__).parents[1]
+# both forms use one core
+ONE_CORE = {"metrics", "preprocessing"}
 
 
 def names() -> list[str]:
@@ -26,48 +34,65 @@ def names() -> list[str]:
     return sorted(name.removeprefix(PREFIX) for name in found if name.startswith(PREFIX))
 
 
-def run_all(chosen: list[str], quick: bool) -> list[dict[str, Any]]:
-    """Rows of the chosen benchmarks, printed as they come."""
-    rows: list[dict[str, Any]] = []
-    print(f"{'what':<78} {'published':>11} {'ours':>10} {'ratio':>8}  bar")
-    for name in chosen:
-        module = importlib.import_module(f"benchmarks.{PREFIX}{name}")
-        for row in module.run(quick=quick):
-            rows.append({"benchmark": name, **row})
-            print_row(row)
+def rows_of(name: str, quick: bool) -> list[Row]:
+    """Rows of a benchmark, run in a new process, printed when it has ended. Raises RuntimeError where it fails."""
+    environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if name in ONE_CORE else {})}
+    command = [sys.executable, "-m", "benchmarks", "--here", name, *(["--quick"] if quick else [])]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{name}: ended with {done.returncode}")
+    rows = [{"benchmark": name, **row} for row in json.loads(done.stdout.splitlines()[-1])]
+    for row in rows:
+        print(line(row), flush=True)
     return rows
 
 
-def print_row(row: dict[str, Any]) -> None:
-    """One line; a bar of None is for information only, a `figure` stands where no times are compared."""
-    verdict = "" if row.get("ok") is None or not row.get("bar") else ("met" if row["ok"] else "MISSED")
-    numbers = [f"{row[key]:.4g} s" if row.get(key) is not None else "" for key in ("repo_seconds", "ours_seconds")]
-    ratio = row.get("figure") or (f"{row['ratio']:.1f}x" if row.get("ratio") else "")
-    print(
-        f"{row['name']:<78} {numbers[0]:>11} {numbers[1]:>10} {ratio:>8}  {row.get('bar') or ''} {verdict}", flush=True
-    )
-    if row.get("note"):
-        print(f"    {row['note']}", flush=True)
+def run_here(name: str, quick: bool) -> None:
+    """Run a benchmark in this process and print its rows as JSON on the last line."""
+    rows = importlib.import_module(f"benchmarks.{PREFIX}{name}").run(quick=quick)
+    print(json.dumps(rows))
+
+
+def run_all(chosen: list[str], quick: bool) -> tuple[list[Row], dict[str, float], list[str]]:
+    """Rows, seconds of each benchmark, and the benchmarks that failed."""
+    rows: list[Row] = []
+    taken: dict[str, float] = {}
+    failed: list[str] = []
+    print(HEADING)
+    for name in chosen:
+        begin = time.perf_counter()
+        try:
+            rows += rows_of(name, quick)
+        except RuntimeError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed.append(name)
+        taken[name] = time.perf_counter() - begin
+    return rows, taken, failed
 
 
 def main() -> int:
-    """Run, print, write; 1 when a bar is missed."""
+    """Run, print, write."""
     parser = argparse.ArgumentParser(description="Our speed against the published form, measured in one run.")
-    parser.add_argument("--quick", action="store_true", help="smaller inputs: a smoke test, not a measurement")
+    parser.add_argument("--quick", action="store_true", help="smaller inputs, one turn: a smoke test, no measurement")
     parser.add_argument("--only", action="append", choices=names(), help="this benchmark only; repeatable")
-    parser.add_argument("--json", type=Path, help="write the rows to this file too")
+    parser.add_argument("--json", type=Path, help="write machine and rows to this file too")
+    parser.add_argument("--here", choices=names(), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    start = time.perf_counter()
-    rows = run_all(arguments.only or names(), arguments.quick)
-    missed = [row["name"] for row in rows if row.get("bar") and row.get("ok") is False]
-    print(
-        f"{len(rows)} rows in {time.perf_counter() - start:.0f} s; "
-        + (f"missed: {missed}" if missed else "all bars met")
-    )
+    if arguments.here:
+        run_here(arguments.here, arguments.quick)
+        return 0
+    begin = time.perf_counter()
+    rows, taken, failed = run_all(arguments.only or names(), arguments.quick)
+    missed = [row["name"] for row in rows if row["met"] is False]
+    bars = sum(bool(row["bar"]) for row in rows)
+    seconds = time.perf_counter() - begin
+    outcome = f"missed: {missed}" if missed else f"all {bars} bars met"
+    print(f"{len(rows)} rows in {seconds:.0f} s; {outcome}" + (f"; failed: {failed}" if failed else ""))
     if arguments.json:
-        machine = {"machine": platform.processor() or platform.machine(), "python": platform.python_version()}
-        arguments.json.write_text(json.dumps({**machine, "quick": arguments.quick, "rows": rows}, indent=2) + "\n")
-    return 1 if missed else 0
+        record: dict[str, Any] = {"machine": description(), "quick": arguments.quick, "seconds": seconds}
+        record |= {"seconds_of_benchmarks": taken, "failed": failed, "rows": rows}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 2 if failed else 1 if missed else 0
 
 
 if __name__ == "__main__":

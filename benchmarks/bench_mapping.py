@@ -7,9 +7,8 @@ smooths with convolutions; ours computes valid pixels only and applies first lay
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.bench_points import cloud_of, published_interpolation
+from benchmarks.machine import PeakMemory
+from benchmarks.turns import NO_BAR, Bar, Row, row, timed, turns_of
 from mmad_cli.alignment.grouping import farthest_points
 from mmad_cli.alignment.interpolation import nearest_centres
 from mmad_cli.methods.checks import GeneratedSample
@@ -29,7 +30,6 @@ from mmad_cli.methods.registry import build_config, get_method
 
 GROUPS, SIZE, GRID = 1024, 224, 28
 CHANNELS = {RGB: 768, POINTS: 1152}
-BAR = ">= 5x"
 # side of the square that the part covers, of 224: 15 % of the pixels as on 60 real scans of cable_gland, and a third,
 # for which there is no bar
 PARTS = (88, 130)
@@ -152,32 +152,17 @@ PUBLISHED: dict[str, Callable[[Any, Tensor, Tensor], float]] = {
 
 
 class Measured(NamedTuple):
-    """Seconds of a call, GB that it took at its peak beyond what the process held (None where not told), its result."""
+    """Seconds of a call, GB that it took at its peak beyond what the process held, its result."""
 
     seconds: float
-    memory: float | None
+    memory: float
     result: Any
 
 
 def measured(call: Callable[[], Any]) -> Measured:
-    before = _status("VmRSS") if _reset_peak() else None
-    start = time.perf_counter()
-    result = call()
-    seconds = time.perf_counter() - start
-    return Measured(seconds, None if before is None else (_status("VmHWM") - before) / 2**20, result)
-
-
-def _reset_peak() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+    memory = PeakMemory()
+    seconds, result = timed(call)
+    return Measured(seconds, memory.taken() / 1e9, result)
 
 
 def scan(side: int) -> tuple[dict[str, Tensor], GeneratedSample]:
@@ -207,42 +192,58 @@ def untrained(name: str) -> MappingMethod:
     return method
 
 
-def compare(
-    name: str, inputs: dict[str, Tensor], sample: GeneratedSample, features: list[Measured], repeats: int, bar: bool
-) -> dict[str, Any]:
-    """One row: tokens to score in both forms. The ratio is the worst of the repeats."""
-    method = untrained(name)
-    method.predict(sample)  # imports and matrices that all scans share
-    ours = [measured(lambda: method.predict(sample)) for _ in range(repeats + 1)]
+class Run(NamedTuple):
+    """One turn of one method."""
+
+    features: Measured
+    published: Measured
+    ours: Measured
+
+
+def turn(
+    methods: dict[str, MappingMethod], inputs: dict[str, Tensor], sample: GeneratedSample
+) -> Iterator[tuple[str, Run]]:
+    """Every method once in both forms; the published features, which all start from, are made once."""
     with torch.inference_mode():
-        dense = features[0].result
-        theirs = [measured(lambda: PUBLISHED[name](method.learner_, *dense)) for _ in range(repeats)]
-    whole = min(run.seconds for run in features) + min(run.seconds for run in theirs)
-    slowest, networks = max(run.seconds for run in ours), min(run.seconds for run in theirs)
-    off = abs(ours[0].result.image_score - theirs[0].result) / theirs[0].result
-    peak = [max((run.memory or 0 for run in runs), default=0) for runs in (ours, features, theirs)]
-    return {
-        "name": f"{get_method(name).title}, one scan of {len(inputs['points'])} points, tokens to score",
-        "repo_seconds": whole,
-        "ours_seconds": float(np.median([run.seconds for run in ours])),
-        "ratio": whole / slowest,
-        "bar": BAR if bar else None,
-        "ok": bool(whole / slowest >= 5 and off < 1e-3) if bar else None,
-        "note": (
-            f"worst of {repeats + 1}; with features per pixel given, published {networks:.2f} s "
-            f"({networks / slowest:.1f}x); scores {off:.0e} apart; peak memory beyond the networks {peak[0]:.2f} GB, "
-            f"published {peak[1]:.2f} GB for the features and {peak[2]:.2f} GB more"
+        features = measured(lambda: published_features(inputs))
+    for name, method in methods.items():
+        with torch.inference_mode():
+            theirs = measured(lambda: PUBLISHED[name](method.learner_, *features.result))  # noqa: B023
+        yield name, Run(features, theirs, measured(lambda: method.predict(sample)))  # noqa: B023
+
+
+def compare(name: str, points: int, runs: list[Run], bar: Bar) -> Row:
+    """One row: from tokens to map and score in both forms."""
+    ours = [run.ours.seconds for run in runs]
+    networks = [run.published.seconds for run in runs]
+    theirs = runs[0].published.result
+    off = abs(runs[0].ours.result.image_score - theirs) / theirs
+    peak = [max(getattr(run, part).memory for run in runs) for part in Run._fields]
+    given = [seconds / own for seconds, own in zip(networks, ours, strict=True)]
+    return row(
+        f"{get_method(name).title}, one scan of {points} points, tokens to score",
+        ours,
+        [run.features.seconds + run.published.seconds for run in runs],
+        bar=bar,
+        holds=off < 1e-3,
+        note=(
+            f"{points / SIZE**2:.0%} of the pixels; with features per pixel given, published {median(networks):.2f} s "
+            f"({median(given):.1f}x); scores {off:.0e} apart; peak memory beyond the networks {peak[2]:.2f} GB, "
+            f"published {peak[0]:.2f} GB for the features and {peak[1]:.2f} GB more"
         ),
-    }
+    )
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
-    """Rows: name, repo_seconds, ours_seconds, ratio, bar, ok, note."""
-    repeats = 1 if quick else 2
-    rows = []
+def run(quick: bool = False) -> list[Row]:
+    """Every method at 15 % of the pixels with a bar, and at a third in one turn without."""
+    methods = {name: untrained(name) for name in PUBLISHED}
+    rows: list[Row] = []
     for side in PARTS[:1] if quick else PARTS:
         inputs, sample = scan(side)
-        with torch.inference_mode():
-            features = [measured(lambda given=inputs: published_features(given)) for _ in range(repeats)]
-        rows += [compare(name, inputs, sample, features, repeats, bar=side == PARTS[0]) for name in PUBLISHED]
+        for method in methods.values():
+            method.predict(sample)  # imports and matrices that all scans share
+        barred = side == PARTS[0]
+        turns = [dict(turn(methods, inputs, sample)) for _ in range(turns_of(quick or not barred))]
+        bar = Bar(ratio=5) if barred else NO_BAR
+        rows += [compare(name, len(inputs["points"]), [one[name] for one in turns], bar) for name in methods]
     return rows

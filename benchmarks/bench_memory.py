@@ -1,7 +1,7 @@
 """Memory bank: coreset selection and nearest-neighbour search against the forms of published codes, in one process.
 
 Rows are 200 clusters on 48 directions of falling strength plus isotropic noise of varying size, which is what
-projected backbone features look like. Where the table says "scaled", the slow form ran on a part of its picks and its
+projected backbone features look like. Where a note says "scaled", the slow form ran on a part of its picks and its
 time is scaled up in proportion: every pick costs the same there.
 """
 
@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.machine import PeakMemory
+from benchmarks.turns import NO_BAR, Bar, Row, in_turns, row, timed, turns_of
 from mmad_cli.memory import FlatIndex, greedy_certificate, greedy_coreset, patch_distances
-
-Result = dict[str, Any]
 
 
 def low_rank_rows(n: int, channels: int, seed: int = 0, rank: int = 48) -> np.ndarray:
@@ -38,12 +36,6 @@ def histogram_rows(n: int, seed: int = 0) -> np.ndarray:
     kind = rng.integers(0, 300, n)
     parts = rng.standard_gamma(60 * centres[kind] + 0.05)
     return (100 * parts / parts.sum(2, keepdims=True)).reshape(n, 33).astype(np.float32)
-
-
-def seconds(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
 
 
 def norm_loop(rows: torch.Tensor, picks: int) -> None:
@@ -68,127 +60,133 @@ def matrix_vector_loop(rows: torch.Tensor, picks: int) -> None:
         at = int(smallest.argmax())
 
 
-def scaled(loop: Callable[[torch.Tensor, int], None], rows: np.ndarray, picks: int, part: int) -> float:
-    table = torch.from_numpy(rows)
+def against_loop(
+    name: str,
+    loop: Callable[[torch.Tensor, int], None],
+    table: torch.Tensor,
+    ours: Callable[[], object],
+    part: int,
+    turns: int,
+    bar: Bar = NO_BAR,
+    holds: bool = True,
+    note: str = "",
+) -> Row:
+    """A selection of a tenth of the rows, against a part of the picks of a loop."""
+    picks = len(table) // 10
+    # first calls make threads and scratch memory
     loop(table, 2)
-    return seconds(lambda: loop(table, part)) * picks / part
+    both = in_turns(lambda: loop(table, part), ours, turns, scale=picks / part)
+    scaled = f"published form scaled from {part} of {picks} picks"
+    return row(name, both.ours, both.published, bar=bar, holds=holds, note=scaled + (f"; {note}" if note else ""))
 
 
-def row(name: str, repo: float, ours: float, bar: float | None, note: str) -> Result:
-    ratio = repo / ours
-    return {
-        "name": name,
-        "repo_seconds": repo,
-        "ours_seconds": ours,
-        "ratio": ratio,
-        "bar": None if bar is None else f">= {bar:g}x",
-        "ok": bar is None or ratio >= bar,
-        "note": note,
-    }
+def coreset_rows(quick: bool) -> list[Row]:
+    """30 000 rows against both loops, with the certificate that the picks are the greedy ones; 200 000 against one."""
+    turns, part = turns_of(quick), 20 if quick else 60
+    rows = low_rank_rows(30000, 334)
+    table = torch.from_numpy(rows)
+    picks = greedy_coreset(rows, 3000)
+    gap = greedy_certificate(rows, picks)
+    told = f"worst pick {gap:.0e} short of the farthest row"
 
+    def ours() -> None:
+        greedy_coreset(rows, 3000)
 
-def coreset_rows(n: int, channels: int, part: int, bars: tuple[float | None, float | None]) -> list[Result]:
-    rows, count = low_rank_rows(n, channels), n // 10
-    picks = greedy_coreset(rows, count)
-    ours = min(seconds(lambda: greedy_coreset(rows, count)) for _ in range(3 if n <= 50000 else 1))
-    note = f"scaled from {part} of {count} picks"
-    if n <= 50000:
-        gap = greedy_certificate(rows, picks)
-        note += f"; worst pick {gap:.0e} short of the farthest row"
-        bars = bars if gap <= 1e-4 else (float("inf"), float("inf"))
-    name = f"coreset {n} x {channels}, 10 %"
-    results = []
-    for form, loop, bar in (("norm", norm_loop, bars[0]), ("matrix-vector", matrix_vector_loop, bars[1])):
-        if bar is not None or n <= 50000:
-            results.append(row(f"{name} / {form} loop", scaled(loop, rows, count, part), ours, bar, note))
+    name = "coreset 30000 x 334, 10 % / {} loop"
+    results = [
+        against_loop(name.format("norm"), norm_loop, table, ours, part, turns, Bar(ratio=40), gap <= 1e-4, told),
+        against_loop(name.format("matrix-vector"), matrix_vector_loop, table, ours, 2 * part, turns),
+    ]
+    if not quick:
+        many = low_rank_rows(200000, 334)
+        name = "coreset 200000 x 334, 10 % / matrix-vector loop"
+        table = torch.from_numpy(many)
+        results.append(
+            against_loop(name, matrix_vector_loop, table, lambda: greedy_coreset(many, 20000), 40, turns, Bar(ratio=10))
+        )
     return results
 
 
-def half_row(n: int, part: int) -> list[Result]:
-    rows = histogram_rows(n)
-    results = []
+def histogram_coreset_rows(n: int, part: int, turns: int) -> list[Row]:
+    rows, results = histogram_rows(n), []
     for dtype, table in (("float32", torch.from_numpy(rows)), ("float16", torch.from_numpy(rows).half())):
-        ours = seconds(lambda dtype=dtype: greedy_coreset(rows, n // 10, dtype=dtype))
-        repo = seconds(lambda table=table: norm_loop(table, part)) * (n // 10) / part
+
+        def ours(dtype: str = dtype) -> None:
+            greedy_coreset(rows, n // 10, dtype=dtype)
+
         name = f"coreset {n} x 33 histograms, 10 %, {dtype} / norm loop"
-        results.append(row(name, repo, ours, None, f"scaled from {part} picks"))
+        results.append(against_loop(name, norm_loop, table, ours, part, turns))
     return results
 
 
-def search_rows(queries: int, n: int, channels: int) -> list[Result]:
+def search_rows(queries: int, n: int, channels: int, turns: int) -> list[Row]:
     bank, some = low_rank_rows(n, channels), low_rank_rows(queries, channels, seed=1)
     tensors = torch.from_numpy(some), torch.from_numpy(bank)
-    repo = min(seconds(lambda: torch.cdist(*tensors).min(1)) for _ in range(3))
     results = []
     for backend in ("faiss", "torch"):
         index = FlatIndex(bank, backend=backend)
-        ours = min(seconds(lambda index=index: index.nearest(some, 1)) for _ in range(3))
+        index.nearest(some[:8], 1)
+        both = in_turns(
+            lambda: torch.cdist(*tensors).min(1),
+            lambda index=index: index.nearest(some, 1),
+            turns,
+        )
         note = "exact hits are 0" if backend == "faiss" else "for comparison; used on a GPU that FAISS does not see"
-        results.append(row(f"nearest {queries} x {n} x {channels} / cdist ({backend})", repo, ours, None, note))
-    return [*results, rounded_row(queries, bank)]
+        results.append(
+            row(f"nearest {queries} x {n} x {channels} / cdist ({backend})", both.ours, both.published, note=note)
+        )
+    return [*results, rounded_row(queries, bank, turns)]
 
 
-def rounded_row(queries: int, bank: np.ndarray) -> Result:
+def rounded_row(queries: int, bank: np.ndarray, turns: int) -> Row:
     """Distances rounded as published against exact ones, where half of the patches lie in the bank."""
     some = low_rank_rows(queries, bank.shape[1], seed=1)
     some[::2] = bank[: len(some[::2])]
     index = FlatIndex(bank)
     # norms of the rows are computed once per bank
     patch_distances(some[:1], index, "expanded")
-    direct, expanded = (
-        min(seconds(lambda form=form: patch_distances(some, index, form)) for _ in range(3))
-        for form in ("direct", "expanded")
+    both = in_turns(
+        lambda: patch_distances(some, index, "direct"), lambda: patch_distances(some, index, "expanded"), turns
     )
-    name = f"nearest {queries} x {len(bank)} x {bank.shape[1]}, rounded as published / exact"
-    return row(name, direct, expanded, 0.8, "half of the patches are rows of the bank")
+    name = f"nearest {queries} x {len(bank)} x {bank.shape[1]}, rounded as published / exact, both ours"
+    return row(name, both.ours, both.published, bar=Bar(ratio=0.8), note="half of the patches are rows of the bank")
 
 
-PROBE = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from bench_memory import low_rank_rows
-from mmad_cli.memory import greedy_coreset
-
-def field(name):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
-
-n, channels = int(sys.argv[2]), int(sys.argv[3])
-rows = low_rank_rows(n, channels)
-greedy_coreset(rows[:3000].copy(), 50)
-Path("/proc/self/clear_refs").write_text("5")
-before = field("VmRSS")
-greedy_coreset(rows, n // 10)
-print((field("VmHWM") - before) / rows.nbytes)
-"""
+def selection_memory(n: int, channels: int) -> float:
+    """Memory that a selection takes at its peak beyond the rows, as a multiple of the rows."""
+    rows = low_rank_rows(n, channels)
+    greedy_coreset(rows[:3000].copy(), 50)
+    memory = PeakMemory()
+    greedy_coreset(rows, n // 10)
+    return memory.taken() / rows.nbytes
 
 
-def memory_row(n: int, channels: int, bar: float = 1.3) -> Result:
-    """Extra resident memory of a selection in a fresh process, as a multiple of the rows (no ratio of times)."""
-    from pathlib import Path
+def memory_row(n: int, channels: int, turns: int) -> Row:
+    """Each time in a new process: what an earlier selection left free would not be counted."""
+    command = [sys.executable, "-m", "benchmarks.bench_memory", str(n), str(channels)]
 
-    command = [sys.executable, "-c", PROBE, str(Path(__file__).parent), str(n), str(channels)]
-    begin = time.perf_counter()
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    extra = float(run.stdout) if run.returncode == 0 else float("nan")
-    return {
-        "name": f"extra memory, coreset {n} x {channels}, 10 %",
-        "repo_seconds": None,
-        "ours_seconds": time.perf_counter() - begin,
-        "figure": f"{extra:.2f}x",
-        "bar": f"<= {bar:g}x",
-        "ok": extra <= bar,
-        "note": "peak resident memory beyond the rows, as a multiple of the rows",
-    }
+    def measured() -> float:
+        return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+    taken = [timed(measured) for _ in range(turns)]
+    return row(
+        f"extra memory, coreset {n} x {channels}, 10 %",
+        [seconds for seconds, _ in taken],
+        figures=[extra for _, extra in taken],
+        unit="x rows",
+        bar=Bar(figure=1.3),
+        note="peak resident memory beyond the rows, as a multiple of the rows; seconds with the start of the process",
+    )
 
 
-def run(quick: bool = False) -> list[Result]:
+def run(quick: bool = False) -> list[Row]:
     """All comparisons; quick leaves out what takes longer than a few seconds."""
-    results = coreset_rows(30000, 334, part=20 if quick else 100, bars=(40.0, None))
-    results.append(memory_row(30000, 334))
-    results += search_rows(784 if quick else 3136, 20000, 1152)
-    if not quick:
-        results += coreset_rows(200000, 334, part=40, bars=(None, 10.0))
-        results += half_row(175616, part=40)
-    return results
+    turns = turns_of(quick)
+    results = [*coreset_rows(quick), memory_row(30000, 334, turns)]
+    results += search_rows(784 if quick else 3136, 20000, 1152, turns)
+    return results if quick else [*results, *histogram_coreset_rows(175616, 20, turns)]
+
+
+if __name__ == "__main__":
+    # the process of its own that `memory_row` starts
+    print(selection_memory(int(sys.argv[1]), int(sys.argv[2])))

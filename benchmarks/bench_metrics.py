@@ -1,22 +1,18 @@
 """Metrics against the forms in which published codes compute them, in one process on the same synthetic maps.
 
-The slow forms run on a part of the maps where the table says so, and their time is scaled up in proportion.
+Slow forms run on a part of the maps where a note says so, and their time is scaled up in proportion. One core.
 """
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
 from typing import Any
-
-# Before numpy: one core for both sides
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
+from benchmarks.turns import NO_BAR, Bar, Row, in_turns, row, turns_of
 from mmad_cli.metrics import all_metrics, aupro, aupro_exact, aupro_grid, pixel_auroc
 
 LIMITS = (0.3, 0.1, 0.05, 0.01)
@@ -106,89 +102,73 @@ def our_metrics(masks: np.ndarray, maps: np.ndarray) -> list[float]:
     return [values[key] for key in keys] + [values[f"aupro_{n}_grid99"] for n in ("30", "10", "05", "01")]
 
 
-def seconds(call: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
-    """Median wall-clock time and the result."""
-    times, result = [], None
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = call()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times)), result
+Form = Callable[[np.ndarray, np.ndarray], Any]
 
 
-def row(
+def compare(
     name: str,
     data: tuple[np.ndarray, np.ndarray],
-    repo: Callable[..., Any],
-    ours: Callable[..., Any],
+    published: Form,
+    ours: Form,
     tolerance: float,
-    bar: str,
-    passes: Callable[[float, float], bool],
+    turns: int,
+    bar: Bar = NO_BAR,
     part: int = 1,
-) -> dict[str, Any]:
-    """Time both forms; the repo form on one image in `part`. Raises RuntimeError where their values differ."""
+) -> Row:
+    """Both forms on the same maps, the published one on one image in `part`; their values must agree."""
     masks, maps = data
     few = masks[::part], maps[::part]
-    repo_seconds, theirs = seconds(lambda: repo(*few))
-    ours_seconds, values = seconds(lambda: ours(masks, maps), repeats=3)
-    if part > 1:
-        values = ours(*few)
-    difference = float(np.max(np.abs(np.asarray(values) - np.asarray(theirs))))
-    if difference > tolerance:
-        raise RuntimeError(f"{name}: the two forms differ by {difference:.2g}, more than {tolerance:.2g}")
-    scaled = repo_seconds * len(masks) / len(few[0])
-    return {
-        "name": name + (f" (repo form on {len(few[0])} maps, scaled)" if part > 1 else ""),
-        "repo_seconds": scaled,
-        "ours_seconds": ours_seconds,
-        "ratio": scaled / ours_seconds,
-        "bar": bar,
-        "ok": passes(ours_seconds, scaled / ours_seconds),
-    }
+    both = in_turns(lambda: published(*few), lambda: ours(masks, maps), turns, scale=len(masks) / len(few[0]))
+    values = both.result if part == 1 else ours(*few)
+    difference = float(np.max(np.abs(np.asarray(values) - np.asarray(both.theirs))))
+    scaled = f"; published form scaled from {len(few[0])} maps" if part > 1 else ""
+    return row(
+        name,
+        both.ours,
+        both.published,
+        bar=bar,
+        holds=difference <= tolerance,
+        note=f"values {difference:.0e} apart, {tolerance:g} allowed{scaled}",
+    )
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
-    """Rows with name, repo_seconds, ours_seconds, ratio, bar, ok."""
+def run(quick: bool = False) -> list[Row]:
+    """AUPRO and AUROC alone, then all metrics of a category."""
     small, large = (16, 20) if quick else (100, 132)
     hundred, category = synthetic_category(small), synthetic_category(large)
+    turns, faster = turns_of(quick), Bar(ratio=1)
     return [
-        row(
-            f"exact AUPRO, {small} maps, against a label loop",
-            hundred, label_loop, lambda m, s: aupro(m, s), 0.01,
-            ">= 18x", lambda _, ratio: ratio >= 18, part=4,
+        compare(
+            f"exact AUPRO, {small} maps / label loop",
+            hundred, label_loop, lambda m, s: aupro(m, s), 0.01, turns, Bar(ratio=18), part=10,
         ),
-        row(
-            f"AUPRO on 100 thresholds, {small} maps, against the MVTec script",
+        compare(
+            f"AUPRO on 100 thresholds, {small} maps / MVTec script",
             hundred, lambda m, s: area_to(*script_curve(m, s, 100), 0.3), lambda m, s: aupro(m, s, 0.3, 100), 1e-9,
-            "> 1x", lambda _, ratio: ratio > 1,
+            turns, faster,
         ),
-        row(
-            f"exact AUPRO at four limits, {large} maps, against the MVTec script on 3000 thresholds",
+        compare(
+            f"exact AUPRO at four limits, {large} maps / MVTec script on 3000 thresholds",
             category,
             lambda m, s: [area_to(*script_curve(m, s, 3000), limit) for limit in LIMITS],
-            lambda m, s: aupro_exact(m, s, LIMITS), 0.01,
-            "<= 0.6 s", lambda ours, _: ours <= 0.6, part=4,
+            lambda m, s: aupro_exact(m, s, LIMITS), 0.01, turns, Bar(seconds=0.6), part=6,
         ),
-        row(
-            f"AUPRO on 99 thresholds at four limits, {large} maps",
+        compare(
+            f"AUPRO on 99 thresholds at four limits, {large} maps / MVTec script",
             category,
             lambda m, s: [area_to(*script_curve(m, s, 99), limit) for limit in LIMITS],
-            lambda m, s: aupro_grid(m, s, LIMITS, 99), 1e-9,
-            "> 1x", lambda _, ratio: ratio > 1,
+            lambda m, s: aupro_grid(m, s, LIMITS, 99), 1e-9, turns, faster,
         ),
-        row(
-            f"P-AUROC, {small} maps, against scikit-learn",
-            hundred, lambda m, s: roc_auc_score(m.ravel(), s.ravel()), pixel_auroc, 1e-9,
-            "> 1x", lambda _, ratio: ratio > 1,
+        compare(
+            f"P-AUROC, {small} maps / scikit-learn",
+            hundred, lambda m, s: roc_auc_score(m.ravel(), s.ravel()), pixel_auroc, 1e-9, turns, faster,
         ),
-        row(
-            f"P-AUROC, {small} maps, against Python lists",
-            hundred, pixel_auroc_of_lists, pixel_auroc, 1e-9,
-            "> 1x", lambda _, ratio: ratio > 1, part=4,
+        compare(
+            f"P-AUROC, {small} maps / Python lists",
+            hundred, pixel_auroc_of_lists, pixel_auroc, 1e-9, turns, faster, part=10,
         ),
-        row(
-            f"all metrics of a category, {large} maps, against one by one",
-            category, separate_metrics, our_metrics, 1e-9,
-            "<= 3 s", lambda ours, _: ours <= 3,
+        compare(
+            f"all metrics of a category, {large} maps / one by one",
+            category, separate_metrics, our_metrics, 1e-9, turns, Bar(seconds=3),
         ),
     ]  # fmt: skip

@@ -6,22 +6,20 @@ is what M3DM's code does, with PyTorch in place of the CUDA operators.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from benchmarks.turns import Bar, Row, row, timed, turns_of
 from mmad_cli.alignment.grouping import farthest_points, group_neighbours
 from mmad_cli.alignment.interpolation import nearest_centres, pooled_operator
 
 GROUPS, GROUP_SIZE, CHANNELS, SIZE, GRID = 1024, 128, 1152, 224, 56
-BAR = "<= 0.15 s and >= 20x"
-REPEATS = 5
+BAR = Bar(ratio=20, seconds=0.15)
 
-Timing = tuple[float, Any]
+Steps = dict[str, tuple[float, Any]]
 
 
 def cloud_of(side: int = 200) -> tuple[np.ndarray, np.ndarray]:
@@ -68,58 +66,54 @@ def published_patches(features: torch.Tensor, pixel: torch.Tensor) -> torch.Tens
     return F.adaptive_avg_pool2d(averaged, GRID).reshape(CHANNELS, -1).T
 
 
-def seconds(call: Callable[[], Any], repeats: int) -> Timing:
-    """Median wall-clock time and the last result."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = call()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times)), result
-
-
-def published_steps(points: np.ndarray, pixel: np.ndarray, tokens: np.ndarray, repeats: int) -> dict[str, Timing]:
+def published_steps(points: np.ndarray, pixel: np.ndarray, tokens: np.ndarray) -> Steps:
+    """Seconds and result of each step."""
     cloud, pixels, features = torch.from_numpy(points), torch.from_numpy(pixel), torch.from_numpy(tokens)
-    steps = {"centres": seconds(lambda: published_centres(cloud), repeats)}
+    steps = {"centres": timed(lambda: published_centres(cloud))}
     centres = cloud[steps["centres"][1]]
-    steps["groups"] = seconds(lambda: published_groups(cloud, centres), repeats)
-    steps["interpolation"] = seconds(lambda: published_interpolation(cloud, centres, features), repeats)
-    steps["pooling"] = seconds(lambda: published_patches(steps["interpolation"][1], pixels), repeats)
+    steps["groups"] = timed(lambda: published_groups(cloud, centres))
+    steps["interpolation"] = timed(lambda: published_interpolation(cloud, centres, features))
+    steps["pooling"] = timed(lambda: published_patches(steps["interpolation"][1], pixels))
     return steps
 
 
-def our_steps(points: np.ndarray, pixel: np.ndarray, tokens: np.ndarray, repeats: int) -> dict[str, Timing]:
+def our_steps(points: np.ndarray, pixel: np.ndarray, tokens: np.ndarray) -> Steps:
+    """Seconds and result of each step."""
     threads = torch.get_num_threads()
-    steps = {"centres": seconds(lambda: farthest_points(points, GROUPS), repeats)}
+    steps = {"centres": timed(lambda: farthest_points(points, GROUPS))}
     centres = points[steps["centres"][1]]
-    steps["groups"] = seconds(lambda: group_neighbours(points, centres, GROUP_SIZE, workers=threads), repeats)
-    steps["interpolation"] = seconds(lambda: nearest_centres(points, centres, "expanded", threads), repeats)
+    steps["groups"] = timed(lambda: group_neighbours(points, centres, GROUP_SIZE, workers=threads))
+    steps["interpolation"] = timed(lambda: nearest_centres(points, centres, "expanded", threads))
     weights = steps["interpolation"][1]
-    steps["pooling"] = seconds(lambda: pooled_operator(*weights, pixel, GROUPS, GRID, SIZE) @ tokens, repeats)
+    steps["pooling"] = timed(lambda: pooled_operator(*weights, pixel, GROUPS, GRID, SIZE) @ tokens)
     return steps
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
-    """One row: name, repo_seconds, ours_seconds, ratio, bar, ok, note. `quick` times the slow form once."""
+def whole(steps: Steps) -> float:
+    return sum(seconds for seconds, _ in steps.values())
+
+
+def run(quick: bool = False) -> list[Row]:
+    """One row; the note tells seconds per step."""
     points, pixel = cloud_of()
     tokens = np.random.default_rng(1).normal(size=(GROUPS, CHANNELS)).astype(np.float32)
-    with torch.inference_mode():
-        theirs = published_steps(points, pixel, tokens, 1 if quick else 3)
-    our_steps(points, pixel, tokens, 1)  # imports and the pooling matrix, which all scans share
-    ours = our_steps(points, pixel, tokens, REPEATS)
-    repo_seconds, ours_seconds = (sum(time for time, _ in steps.values()) for steps in (theirs, ours))
+    our_steps(points, pixel, tokens)  # imports and the pooling matrix, which all scans share
+    runs = []
+    for _ in range(turns_of(quick)):
+        with torch.inference_mode():
+            theirs = published_steps(points, pixel, tokens)
+        runs.append((theirs, our_steps(points, pixel, tokens)))
+    theirs, ours = runs[-1]
     same = np.array_equal(ours["centres"][1], theirs["centres"][1].numpy())
     error = np.median(np.abs(ours["pooling"][1] - theirs["pooling"][1].numpy()))
     parts = ", ".join(f"{name} {theirs[name][0]:.3f} / {ours[name][0]:.3f}" for name in ours)
-    ratio = repo_seconds / ours_seconds
     return [
-        {
-            "name": f"point path of one scan without the network, {len(points)} points",
-            "repo_seconds": repo_seconds,
-            "ours_seconds": ours_seconds,
-            "ratio": ratio,
-            "bar": BAR,
-            "ok": bool(ours_seconds <= 0.15 and ratio >= 20 and same and error < 1e-4),
-            "note": f"{parts}; {'same' if same else 'OTHER'} centres, median patch difference {error:.1e}",
-        }
+        row(
+            f"point path of one scan without the network, {len(points)} points",
+            [whole(ours) for _, ours in runs],
+            [whole(theirs) for theirs, _ in runs],
+            bar=BAR,
+            holds=bool(same and error < 1e-4),
+            note=f"{parts}; {'same' if same else 'OTHER'} centres, median patch difference {error:.1e}",
+        )
     ]

@@ -1,32 +1,26 @@
 """Preprocessing one scan against the published recipe, in one process on the same scan, file reading included.
 
-Without a dataset folder a scan of similar structure is generated: 400 x 400 pixels, a speckled table, an object of
-about 24000 points, debris.
+The scan is generated: 400 x 400 pixels, a speckled table, an object of about 24000 points, debris. With MMAD_BENCH_DATA
+set to a dataset folder, its first scan is taken instead. One core.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-# Before numpy and Open3D: one core for both sides
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import open3d
 import tifffile
 from PIL import Image
 
+from benchmarks.turns import Bar, Row, in_turns, row, turns_of
 from mmad_cli.datasets.scan import examine_scan
 from mmad_cli.preprocessing import PreprocessConfig, preprocess
 from mmad_cli.types import Sample, SampleRef
 
-BAR = "<= 0.15 s and >= 20x, kept mask IoU >= 0.999"
-REPEATS = 5
+BAR = Bar(ratio=20, seconds=0.15, also="kept mask IoU >= 0.999")
 
 
 def generated_scan(folder: Path, size: int = 400, seed: int = 0) -> SampleRef:
@@ -91,36 +85,24 @@ def ours(ref: SampleRef) -> Sample:
     return preprocess(sample, PreprocessConfig())
 
 
-def seconds(call: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """Median wall-clock time and the last result."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = call()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times)), result
-
-
-def run(data: Path | None = None, quick: bool = False) -> list[dict[str, Any]]:
-    """One row: name, repo_seconds, ours_seconds, ratio, bar, ok, note. `quick` times the slow form once."""
+def run(quick: bool = False) -> list[Row]:
+    """One row."""
+    given = os.environ.get("MMAD_BENCH_DATA")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        ref = scan_of(data) if data is not None else generated_scan(folder)
+        ref = scan_of(Path(given)) if given else generated_scan(folder)
         ours(ref)  # imports and file cache
-        repo_seconds, theirs = seconds(lambda: published_recipe(ref, folder), 1 if quick else 3)
-        ours_seconds, sample = seconds(lambda: ours(ref), REPEATS)
-        kept = (sample.xyz != 0).all(axis=-1)
-        overlap = float((kept & theirs).sum() / max((kept | theirs).sum(), 1))
-        height, width = sample.info["scan_size"]
-    ratio = repo_seconds / ours_seconds
+        both = in_turns(lambda: published_recipe(ref, folder), lambda: ours(ref), turns_of(quick))
+    kept = (both.result.xyz != 0).all(axis=-1)
+    overlap = float((kept & both.theirs).sum() / max((kept | both.theirs).sum(), 1))
+    height, width = both.result.info["scan_size"]
     return [
-        {
-            "name": f"preprocess one scan, {height} x {width}, {'real' if data else 'generated'}, files included",
-            "repo_seconds": repo_seconds,
-            "ours_seconds": ours_seconds,
-            "ratio": ratio,
-            "bar": BAR,
-            "ok": ours_seconds <= 0.15 and ratio >= 20 and overlap >= 0.999,
-            "note": f"{int(kept.sum())} points kept, IoU {overlap:.6f}; the published form also writes its result",
-        }
+        row(
+            f"clean one scan, {height} x {width}, {'real' if given else 'generated'}, files included",
+            both.ours,
+            both.published,
+            bar=BAR,
+            holds=overlap >= 0.999,
+            note=f"{int(kept.sum())} points kept, IoU {overlap:.6f}; the published form also writes its result",
+        )
     ]

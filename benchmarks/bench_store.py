@@ -1,21 +1,21 @@
-"""What the store and the running of tasks cost per sample, beyond the work itself: the worst of three."""
+"""What the store and the running of tasks cost per sample, beyond the work itself."""
 
 from __future__ import annotations
 
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from benchmarks.turns import Bar, Row, row, turns_of
 from mmad_cli.files import atomic_write
 from mmad_cli.stages.progress import SilentReporter
 from mmad_cli.stages.tasks import Outcome, run_all
 from mmad_cli.stages.timing import Stopwatch
 from mmad_cli.store import Artefact, Store
 
-BAR = 5e-3
+BAR = Bar(seconds=0.005)
 
 
 def per_sample(store: Store, count: int, turn: int) -> tuple[float, float, float]:
@@ -40,28 +40,19 @@ def per_sample(store: Store, count: int, turn: int) -> tuple[float, float, float
     return flush, everything(), everything()
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
-    """Rows with name, ours_seconds, bar, ok, note."""
+def run(quick: bool = False) -> list[Row]:
+    """Storing beyond a bare write with its flush, which depends on the disk; storing with it; reading again."""
     with tempfile.TemporaryDirectory() as name:
         store = Store(Path(name))
-        turns = [per_sample(store, 20 if quick else 100, turn) for turn in range(3)]
-    rows = []
-    kinds = {
-        "stored, beyond the flush to the disk": [max(0.0, stored - flush) for flush, stored, _ in turns],
-        "read again": [read for _, _, read in turns],
-    }
-    for what, values in kinds.items():
-        worst = max(values)
-        rows.append(
-            {
-                "name": f"store and orchestration per sample, 0.3 MB {what}, worst of three",
-                "repo_seconds": None,
-                "ours_seconds": worst,
-                "bar": "<= 5 ms",
-                "ok": worst <= BAR,
-                "note": "best and worst "
-                + ", ".join(f"{1e3 * value:.2f} ms" for value in (min(values), worst))
-                + f"; a bare write with its flush {1e3 * max(turn[0] for turn in turns):.2f} ms",
-            }
-        )
-    return rows
+        turns = [per_sample(store, 20 if quick else 100, turn) for turn in range(turns_of(quick))]
+    flush, stored, read = zip(*turns, strict=True)
+    name = "store and tasks per sample of 0.3 MB, {}"
+    return [
+        row(
+            name.format("stored, beyond a bare flushed write"),
+            [max(0.0, whole - bare) for bare, whole, _ in turns],
+            bar=BAR,
+        ),
+        row(name.format("stored / a bare flushed write alone"), stored, flush, note="with the flush to the disk"),
+        row(name.format("read again"), read, bar=BAR),
+    ]
