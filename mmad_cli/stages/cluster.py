@@ -1,16 +1,17 @@
 """A Dask cluster as the place where tasks run: connecting to it, and making sure that its workers fit the work.
 
-Everything else is Dask's: `Client.get_executor` gives the executor, the scheduler runs the tasks of a lost worker
-again on another one. Tasks find their inputs and leave their results in the store, so a second run of one finds what
-the first one finished.
+Everything else is Dask's: the scheduler runs the tasks of a lost worker again on another one. Tasks find their inputs
+and leave their results in the store, so a second run of one finds what the first one finished.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from concurrent.futures import Executor
+import logging
+import weakref
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from mmad_cli.errors import MmadError, StoreError, UsageError
 
@@ -26,21 +27,90 @@ _RETRIES = 2
 _COMPARED = ("mmad-cli", "numpy", "torch", "timm", "open3d", "faiss", "scikit-learn")
 
 
-class Cluster:
-    """A connection to the scheduler of a Dask cluster. Raises UsageError naming --dask when there is none."""
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
-    def __init__(self, address: str) -> None:
+
+class ClusterExecutor(Executor):
+    """Tasks of a Dask client as futures of the standard library; every call is a task of its own.
+
+    In place of the executor that the client has (`Client.get_executor`): that one leaves a future open for ever when
+    the result of a finished task dies with its worker, before it was fetched, and the task then fails.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._tasks: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def submit(
+        self, function: Callable[Parameters, Result], /, *args: Parameters.args, **kwargs: Parameters.kwargs
+    ) -> Future[Result]:
+        """Send a call to the cluster."""
+        task = self._client.submit(function, *args, pure=False, retries=_RETRIES, **kwargs)
+        self._tasks.add(task)
+        future: Future[Result] = Future()
+        future.add_done_callback(lambda done: task.cancel() if done.cancelled() else None)
+        self._client.loop.add_callback(_pass_on, task, future)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Drop what is not finished; nothing is waited for."""
+        self._client.cancel(list(self._tasks))
+
+
+async def _pass_on(task: Any, future: Future[Any]) -> None:
+    """Give a future what its task on the cluster comes to; without scheduler it is cancelled."""
+    result, failure, dropped = None, None, False
+    try:
+        result = await task.result()
+    except BaseException as error:  # noqa: BLE001
+        # what is raised here ends nowhere: whoever waits for the future is told
+        failure, dropped = error, task.status != "error"
+    if dropped:
+        future.cancel()
+    if not future.set_running_or_notify_cancel():
+        return
+    if failure is not None:
+        future.set_exception(failure)
+    else:
+        future.set_result(result)
+
+
+class Cluster:
+    """A connection to the scheduler of a Dask cluster. Raises UsageError naming --dask when there is none.
+
+    tell: takes a line about workers that leave while they have tasks.
+    """
+
+    def __init__(self, address: str, tell: Callable[[str], None] = lambda _: None) -> None:
         self.address = address
+        self._tell = tell
         self._client: Any = _connect(address)
+        # a reconnecting client complains on standard error; what matters is told
+        self._log_level = _set_level(logging.CRITICAL)
+        self._present: set[str] = set(self._client.scheduler_info(n_workers=-1)["workers"])
+        self._client.subscribe_topic("all", self._on_event)
 
     def executor(self) -> Executor:
-        """Runs tasks on the workers; every call is a task of its own."""
-        executor: Executor = self._client.get_executor(pure=False, retries=_RETRIES)
-        return executor
+        """Runs tasks on the workers."""
+        return ClusterExecutor(self._client)
 
     def workers(self) -> int:
         """Workers at this moment, at least 1."""
         return max(1, len(self._client.scheduler_info(n_workers=-1)["workers"]))
+
+    def _on_event(self, event: tuple[float, Mapping[str, Any]]) -> None:
+        """Follow the workers; what the scheduler does about a lost one, it does by itself."""
+        what = event[1]
+        worker = str(what.get("worker"))
+        if what.get("action") == "add-worker":
+            self._present.add(worker)
+        elif what.get("action") == "remove-worker":
+            self._present.discard(worker)
+            if what.get("processing-tasks"):
+                self._tell(f"worker {worker} is gone; what it was doing goes to another one")
+            if not self._present:
+                self._tell("no worker is left; waiting for new ones (Ctrl-C ends; what was finished is kept)")
 
     def check(self, store: Store, data: Path, weights: Mapping[str, str]) -> None:
         """Make sure that every worker has the same versions and weights, and sees the dataset and the store.
@@ -53,10 +123,14 @@ class Cluster:
         store.write_run(token, {"folder": "/nonexistent", "keys": []})
         own = _versions()
         try:
-            answers = self._client.run(_look_around, store.address, str(data), dict(weights), token)
+            answers = self._client.run(_look_around, store.address, str(data), dict(weights), token, on_error="return")
         finally:
             store.remove_run(token)
         for worker, found in answers.items():
+            if isinstance(found, BaseException):
+                raise UsageError(
+                    f"--dask: worker {worker} cannot run mmad ({found}); install mmad there, the same version as here"
+                )
             if found["problem"] is not None:
                 raise UsageError(f"--dask: worker {worker}: {found['problem']}")
             for name, version in own.items():
@@ -69,6 +143,15 @@ class Cluster:
     def close(self) -> None:
         """Leave the cluster; what has not started is dropped."""
         self._client.close()
+        _set_level(self._log_level)
+
+
+def _set_level(level: int) -> int:
+    """Change what the client of Dask says by itself; gives the level before."""
+    logger = logging.getLogger("distributed.client")
+    before = logger.level
+    logger.setLevel(level)
+    return before
 
 
 def _connect(address: str) -> Any:
@@ -99,10 +182,15 @@ def is_lost_worker(error: BaseException) -> bool:
     return type(error).__name__ == "KilledWorker"
 
 
-def lost_scheduler() -> StoreError:
+def has_no_workers(error: BaseException) -> bool:
+    """Whether the scheduler gave a task up because it had no worker for longer than it was set to wait."""
+    return type(error).__name__ in ("NoWorkerError", "NoValidWorkerError")
+
+
+def lost_cluster() -> StoreError:
     """What a user is told when tasks are dropped."""
     return StoreError(
-        "the Dask cluster dropped the work (is the scheduler still there?). What was finished is kept; "
+        "the Dask cluster dropped the work (are the scheduler and workers still there?). What was finished is kept; "
         "run the same command again"
     )
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from mmad_cli.errors import StoreError, UsageError
 from mmad_cli.processes import become_worker
-from mmad_cli.stages.cluster import is_lost_worker, lost_scheduler
+from mmad_cli.stages.cluster import has_no_workers, is_lost_worker, lost_cluster
 from mmad_cli.threads import available_cores, limit_threads
 
 Job = TypeVar("Job")
@@ -48,28 +48,37 @@ def run_tasks(
 ) -> Iterator[tuple[int, Result]]:
     """Results as they finish, with the index of their job. The first exception stops the rest and is raised.
 
-    lost: gives the result of a job that killed several workers of a cluster; without it that is an error too.
+    lost: gives the result of a job that killed several workers of a cluster; without it that is an error too. Such
+    jobs are tried once more, alone, after the others: they may only have been at a worker that another one killed.
     """
     if executor is None:
         for index, job in enumerate(jobs):
             yield index, function(job)
         return
     pending: dict[Future[Result], int] = {}
+    # grows by every job that is tried again
+    waves = [list(range(len(jobs)))]
     try:
-        with _interrupts_held():
-            for index, job in enumerate(jobs):
-                pending[executor.submit(function, job)] = index
-        for future in as_completed(list(pending)):
-            index = pending.pop(future)
-            try:
-                result = future.result()
-            except Exception as error:
-                if lost is None or not is_lost_worker(error):
-                    raise
-                result = lost(jobs[index])
-            yield index, result
+        for wave in waves:
+            with _interrupts_held():
+                for index in wave:
+                    pending[executor.submit(function, jobs[index])] = index
+            for future in as_completed(list(pending)):
+                index = pending.pop(future)
+                try:
+                    result = future.result()
+                except Exception as error:
+                    if has_no_workers(error):
+                        raise lost_cluster() from error
+                    if lost is None or not is_lost_worker(error):
+                        raise
+                    if len(wave) > 1:
+                        waves.append([index])
+                        continue
+                    result = lost(jobs[index])
+                yield index, result
     except CancelledError as error:
-        raise lost_scheduler() from error
+        raise lost_cluster() from error
     except BrokenProcessPool as error:
         raise StoreError(
             "a worker process died (often: out of memory). What was finished is kept; "

@@ -1,44 +1,89 @@
-"""Evaluating on a cluster: the grid of methods, seeds and categories, one task per cell.
+"""Fitting and evaluating on a cluster: a task per category, and the grid of methods, seeds and categories.
 
-Shared work goes first, each piece once: clean scans, then features, then trainings over all categories. What fails
-there is not recorded; the cell that needs it meets the same failure and reports it. A cell runs the same code as in
-one process, on a worker, with everything that it needs in the store already.
+Shared work goes first, each piece once: clean scans, then features, then trainings over all categories. A scan that
+fails there is not recorded; the cell that needs it meets the same failure and reports it. What killed every worker
+that tried it is not tried again: the cells that need it fail. A cell runs the same code as in one process, on a
+worker, with everything that it needs in the store already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from mmad_cli.errors import DataError
+from mmad_cli.errors import UNFORESEEN, DataError, unforeseen
 from mmad_cli.results.schema import CategoryResult, RunResult
 from mmad_cli.stages.clean import CleanJob
-from mmad_cli.stages.evaluate import OpenRun, compute_record, open_run
+from mmad_cli.stages.evaluate import compute_record, open_run
 from mmad_cli.stages.executor import run_tasks
 from mmad_cli.stages.features import FeatureJob
 from mmad_cli.stages.pipeline import CategoryOutcome, fit_category
 from mmad_cli.stages.plan import CategoryPlan
-from mmad_cli.stages.progress import Collector
+from mmad_cli.stages.progress import Collector, Reporter
 from mmad_cli.stages.request import EvaluateRequest, Prepared
 from mmad_cli.stages.session import Session
 from mmad_cli.stages.shared import SharedPlan, train_shared
-from mmad_cli.stages.tasks import ExtractTask, clean_task, extract_task, extract_tasks, one_at_a_time, run_all
-from mmad_cli.stages.timing import Stopwatch
+from mmad_cli.stages.tasks import (
+    LOST,
+    ExtractTask,
+    Outcome,
+    clean_task,
+    extract_task,
+    extract_tasks,
+    one_at_a_time,
+)
 from mmad_cli.store import open_store
+
+_NAMED_AT_MOST = 5
+
+
+class _Told(Protocol):
+    """What a task comes to: notices for the user, and how many items it was."""
+
+    @property
+    def notices(self) -> Sequence[str]: ...
+
+    @property
+    def samples(self) -> int: ...
+
+
+Job = TypeVar("Job")
+Result = TypeVar("Result", bound=_Told)
 
 
 @dataclass(frozen=True)
-class CellTask:
-    """One category of one run, for a worker."""
+class Place:
+    """How a worker works: with which store, device and memory."""
 
     store: str
     device: str
+    memory_limit: int | None
+
+    def session(self, reporter: Reporter) -> Session:
+        """A session of one process."""
+        store = open_store(self.store)
+        return Session(store, 1, self.device, memory_limit=self.memory_limit, reporter=reporter)
+
+
+@dataclass(frozen=True)
+class CategoryTask:
+    """One category to fit or to evaluate, for a worker."""
+
+    place: Place
     prepared: Prepared
     plan: CategoryPlan
     shared: SharedPlan | None
+
+
+@dataclass(frozen=True)
+class SharedTask:
+    """A training over all categories, for a worker."""
+
+    place: Place
+    prepared: Prepared
+    plan: SharedPlan
 
 
 @dataclass(frozen=True)
@@ -47,53 +92,82 @@ class CellOutcome:
 
     failure: CategoryResult | None
     notices: tuple[str, ...] = ()
+    samples: int = 1
+
+
+@dataclass(frozen=True)
+class FitOutcome:
+    """What came of fitting a category, and what the user should know."""
+
+    outcome: CategoryOutcome
+    notices: tuple[str, ...] = ()
+    samples: int = 1
+
+
+@dataclass(frozen=True)
+class SharedOutcome:
+    """Why a training over all categories has no result, if so, and what the user should know."""
+
+    error: str | None
+    notices: tuple[str, ...] = ()
+    samples: int = 1
+
+
+@dataclass
+class Inputs:
+    """What went before the cells.
+
+    missing: keys of what the store did not have. lost: sample id by key of what killed the workers that tried it.
+    untrained: why there is no training over all categories, by its key.
+    """
+
+    missing: set[str] = field(default_factory=set)
+    lost: dict[str, str] = field(default_factory=dict)
+    untrained: dict[str, str] = field(default_factory=dict)
+
+    def obstacle(self, plan: CategoryPlan, shared: SharedPlan | None) -> str | None:
+        """Why a category cannot be worked on."""
+        return self.loss(plan) or (None if shared is None else self.untrained.get(shared.artefact.key))
+
+    def loss(self, part: CategoryPlan | SharedPlan) -> str | None:
+        """What is said of samples that killed workers, None where there is none."""
+        ids = list(dict.fromkeys(self.lost[key] for key in _keys(part) if key in self.lost))
+        if not ids:
+            return None
+        more = f" and {len(ids) - _NAMED_AT_MOST} more" if len(ids) > _NAMED_AT_MOST else ""
+        return f"{', '.join(ids[:_NAMED_AT_MOST])}{more}: {LOST}"
 
 
 def evaluate_grid(session: Session, requests: Sequence[EvaluateRequest]) -> list[tuple[RunResult, Path]]:
     """Evaluate every request on the session's cluster; results are as those of `evaluate`, one after the other."""
     runs = [open_run(session, request) for request in requests]
-    executor = session.pool(1)
     for run in runs:
         session.check_cluster(run.prepared.dataset.root, run.prepared.run.weights)
-    cells = [(run, category) for run in runs for category in run.plans if not run.is_done(session, category)]
-    plans = [run.plans[category] for run, category in cells]
-    prepare_inputs(session, executor, plans, [run.shared for run, _ in cells if run.shared is not None])
-    _warm(session, executor, {r.shared.artefact.key: r for r, _ in cells if r.shared is not None})
+    open_cells = [(run, category) for run in runs for category in run.plans if not run.is_done(session, category)]
+    unfinished = {(run.folder, category) for run, category in open_cells}
     for run in runs:
         for category in run.prepared.categories:
-            if (run, category) not in cells:
+            if (run.folder, category) not in unfinished:
                 run.conclude(session, category)
-    tasks = [CellTask(session.store.address, session.device, r.prepared, r.plans[c], r.shared) for r, c in cells]
-    with session.reporter.task("evaluating", len(tasks)) as advance:
-        lost = _lost(lambda task: f"{task.prepared.run.definition.name} {task.plan.samples.category}")
-        for done, (index, outcome) in enumerate(run_tasks(executor, cell_task, tasks, lost=lost), start=1):
-            for notice in outcome.notices:
-                session.reporter.notice(notice)
-            run, category = cells[index]
-            run.conclude(session, category, outcome.failure)
-            advance(done, len(tasks))
+    shared = {run.shared.artefact.key: (run.prepared, run.shared) for run, _ in open_cells if run.shared is not None}
+    inputs = prepare_inputs(session, [run.plans[category] for run, category in open_cells], list(shared.values()))
+    cells = []
+    for run, category in open_cells:
+        obstacle = inputs.obstacle(run.plans[category], run.shared)
+        if obstacle is None:
+            cells.append((run, category))
+        else:
+            run.conclude(session, category, CategoryResult(status="failed", error=obstacle))
+    tasks = [CategoryTask(_place(session), run.prepared, run.plans[c], run.shared) for run, c in cells]
+    for index, outcome in _run(session, "evaluating", cell_task, tasks, _lost_cell):
+        run, category = cells[index]
+        run.conclude(session, category, outcome.failure)
+    for run in runs:
+        # cells end in any order; a run lists them as one process would
+        known = run.result.categories
+        run.result.categories = {name: known[name] for name in run.prepared.categories if name in known}
+        run.result.to_disk(run.folder)
     return [(run.result, run.folder) for run in runs]
-
-
-def prepare_inputs(
-    session: Session, executor: Executor | None, plans: Iterable[CategoryPlan], shared: Iterable[SharedPlan] = ()
-) -> None:
-    """Clean scans and features of all plans into the store, each once."""
-    clean: dict[str, CleanJob] = {}
-    features: dict[str, FeatureJob] = {}
-    parts = [*(_jobs(plan) for plan in plans), *(_jobs(part) for part in shared)]
-    for part in parts:
-        for by_id, by_name in part:
-            clean.update({job.key: job for job in by_id.values()})
-            features.update({job.key: job for jobs in by_name.values() for job in jobs.values() if job.wanted})
-    left = [job for job in clean.values() if not session.store.has_tensors(job.artefact)]
-    _run(session, executor, clean_task, left, len(left), "preprocessing")
-    by_spec: dict[Any, list[FeatureJob]] = {}
-    for job in features.values():
-        if not session.store.has_tensors(job.artefact):
-            by_spec.setdefault(job.spec, []).append(job)
-    tasks: list[ExtractTask] = [task for jobs in by_spec.values() for task in extract_tasks(session, jobs)]
-    _run(session, executor, extract_task, tasks, sum(len(task.jobs) for task in tasks), "extracting")
 
 
 def fit_grid(
@@ -103,106 +177,159 @@ def fit_grid(
     shared: SharedPlan | None,
 ) -> list[CategoryOutcome]:
     """Fit every category on the session's cluster."""
-    executor = session.pool(1)
     session.check_cluster(prepared.dataset.root, prepared.run.weights)
-    prepare_inputs(session, executor, plans, [] if shared is None else [shared])
-    tasks = [FitTask(session.store.address, session.device, prepared, plan) for plan in plans]
-    outcomes: list[CategoryOutcome | None] = [None] * len(tasks)
-    with session.reporter.task("fitting", len(tasks)) as advance:
-        for done, (index, (outcome, notices)) in enumerate(run_tasks(executor, fit_task, tasks), start=1):
-            outcomes[index] = outcome
-            for notice in notices:
-                session.reporter.notice(notice)
-            advance(done, len(tasks))
-    return [outcome for outcome in outcomes if outcome is not None]
+    inputs = prepare_inputs(session, plans, [] if shared is None else [(prepared, shared)])
+    obstacles = [inputs.obstacle(plan, shared) for plan in plans]
+    outcomes = [
+        CategoryOutcome(plan.samples.category, error=obstacle) for plan, obstacle in zip(plans, obstacles, strict=True)
+    ]
+    left = [number for number, obstacle in enumerate(obstacles) if obstacle is None]
+    tasks = [CategoryTask(_place(session), prepared, plans[number], shared) for number in left]
+    for index, found in _run(session, "fitting", fit_task, tasks, _lost_fit):
+        outcomes[left[index]] = _counted(found.outcome, plans[left[index]], inputs.missing)
+    return outcomes
 
 
-@dataclass(frozen=True)
-class FitTask:
-    """Fitting one category, for a worker."""
+def prepare_inputs(
+    session: Session, plans: Iterable[CategoryPlan], shared: Sequence[tuple[Prepared, SharedPlan]] = ()
+) -> Inputs:
+    """Clean scans, features and trainings over all categories into the store, each once."""
+    inputs = Inputs()
+    clean: dict[str, CleanJob] = {}
+    features: dict[str, FeatureJob] = {}
+    for by_id, by_name in (
+        *(pair for plan in plans for pair in _jobs(plan)),
+        *(p for _, s in shared for p in _jobs(s)),
+    ):
+        clean.update({job.key: job for job in by_id.values()})
+        features.update({job.key: job for jobs in by_name.values() for job in jobs.values() if job.wanted})
 
-    store: str
-    device: str
-    prepared: Prepared
-    plan: CategoryPlan
+    def lost(job: CleanJob | ExtractTask) -> Outcome:
+        jobs = job.jobs if isinstance(job, ExtractTask) else (job,)
+        inputs.lost.update({one.key: (one if isinstance(one, CleanJob) else one.clean).ref.id for one in jobs})
+        return Outcome(samples=len(jobs))
+
+    uncleaned = [job for job in clean.values() if not session.store.has_tensors(job.artefact)]
+    inputs.missing.update(job.key for job in uncleaned)
+    for _ in _run(session, "preprocessing", clean_task, uncleaned, lost):
+        pass
+    # a batch that kills workers must not cost another category
+    batches: dict[Any, list[FeatureJob]] = {}
+    for job in features.values():
+        if job.clean.key not in inputs.lost and not session.store.has_tensors(job.artefact):
+            inputs.missing.add(job.key)
+            batches.setdefault((job.spec, job.artefact.category), []).append(job)
+    tasks: list[ExtractTask] = [task for jobs in batches.values() for task in extract_tasks(session, jobs)]
+    for _ in _run(session, "extracting", extract_task, tasks, lost, sum(len(task.jobs) for task in tasks)):
+        pass
+    _train(session, shared, inputs)
+    return inputs
+
+
+def _train(session: Session, shared: Sequence[tuple[Prepared, SharedPlan]], inputs: Inputs) -> None:
+    tasks = []
+    for prepared, plan in shared:
+        loss = inputs.loss(plan)
+        if loss is not None:
+            inputs.untrained[plan.artefact.key] = loss
+        elif not session.store.has_folder(plan.artefact):
+            tasks.append(SharedTask(_place(session), prepared, plan))
+    title = "training over all categories"
+    for index, outcome in _run(session, title, shared_task, tasks, lambda _: SharedOutcome(f"{title}: {LOST}")):
+        if outcome.error is not None:
+            inputs.untrained[tasks[index].plan.artefact.key] = outcome.error
 
 
 @one_at_a_time
-def fit_task(task: FitTask) -> tuple[CategoryOutcome, tuple[str, ...]]:
+def fit_task(task: CategoryTask) -> FitOutcome:
     """Fit one category into the store."""
     reporter = Collector()
-    with Session(open_store(task.store), workers=1, device=task.device, reporter=reporter) as session:
-        return fit_category(session, task.prepared, task.plan), tuple(reporter.notices)
+    with task.place.session(reporter) as session:
+        outcome = fit_category(session, task.prepared, task.plan, task.shared)
+    return FitOutcome(outcome, tuple(reporter.notices))
 
 
 @one_at_a_time
-def cell_task(task: CellTask) -> CellOutcome:
+def cell_task(task: CategoryTask) -> CellOutcome:
     """Evaluate one category; the result goes into the store."""
     reporter = Collector()
-    with Session(open_store(task.store), workers=1, device=task.device, reporter=reporter) as session:
+    with task.place.session(reporter) as session:
         _, failure = compute_record(session, task.prepared, task.plan, task.shared)
     return CellOutcome(failure, tuple(reporter.notices))
 
 
-@dataclass(frozen=True)
-class SharedTask:
-    """A training over all categories, for a worker."""
-
-    store: str
-    device: str
-    prepared: Prepared
-    plan: SharedPlan
-
-
 @one_at_a_time
-def shared_task(task: SharedTask) -> tuple[str, ...]:
+def shared_task(task: SharedTask) -> SharedOutcome:
     """Train over all categories into the store."""
     reporter = Collector()
-    with Session(open_store(task.store), workers=1, device=task.device, reporter=reporter) as session:
+    error = None
+    with task.place.session(reporter) as session:
         try:
             train_shared(session, task.plan, task.prepared.run)
-        except DataError:
-            # the cells that need it meet the same error and report it
-            return ()
-    return tuple(reporter.notices)
+        except DataError as failure:
+            error = str(failure)
+        except UNFORESEEN as failure:
+            error = unforeseen(failure)
+    return SharedOutcome(error, tuple(reporter.notices))
 
 
-def _jobs(part: CategoryPlan | SharedPlan) -> Iterable[tuple[Any, Any]]:
+def _place(session: Session) -> Place:
+    return Place(session.store.address, session.device, session.memory_limit)
+
+
+def _lost_cell(task: CategoryTask) -> CellOutcome:
+    name = f"{task.prepared.run.definition.name} {task.plan.samples.category}"
+    return CellOutcome(CategoryResult(status="failed", error=f"{name}: {LOST}"))
+
+
+def _lost_fit(task: CategoryTask) -> FitOutcome:
+    return FitOutcome(CategoryOutcome(task.plan.samples.category, error=LOST))
+
+
+def _counted(outcome: CategoryOutcome, plan: CategoryPlan, missing: set[str]) -> CategoryOutcome:
+    """The outcome with what was computed for it before its own task."""
+    jobs = {
+        "preprocess": [job.key for job in plan.clean.values()],
+        "extract": [job.key for by_id in plan.features.values() for job in by_id.values()],
+    }
+    reports = {
+        stage: replace(report, computed=sum(key in missing for key in jobs[stage]) - len(report.failures))
+        for stage, report in outcome.reports.items()
+    }
+    return replace(outcome, reports=reports)
+
+
+def _keys(part: CategoryPlan | SharedPlan) -> Iterator[str]:
+    for by_id, by_name in _jobs(part):
+        yield from (job.key for job in by_id.values())
+        yield from (job.key for jobs in by_name.values() for job in jobs.values())
+
+
+def _jobs(
+    part: CategoryPlan | SharedPlan,
+) -> Iterable[tuple[Mapping[str, CleanJob], Mapping[str, Mapping[str, FeatureJob]]]]:
     if isinstance(part, CategoryPlan):
         return [(part.clean, part.features)]
     return [(part.clean[category], part.features[category]) for category in part.clean]
 
 
 def _run(
-    session: Session, executor: Executor | None, function: Callable[[Any], Any], jobs: list[Any], total: int, title: str
-) -> None:
-    run_all(
-        function,
-        jobs,
-        total=total,
-        title=title,
-        executor=executor,
-        reporter=session.reporter,
-        watch=Stopwatch(session.pool_workers(len(jobs))),
-    )
-
-
-def _warm(session: Session, executor: Executor | None, runs: dict[str, OpenRun]) -> None:
-    tasks = [
-        SharedTask(session.store.address, session.device, run.prepared, run.shared)
-        for run in runs.values()
-        if run.shared is not None and not session.store.has_folder(run.shared.artefact)
-    ]
-    for _, notices in run_tasks(executor, shared_task, tasks):
-        for notice in notices:
-            session.reporter.notice(notice)
-
-
-def _lost(name: Callable[[CellTask], str]) -> Callable[[CellTask], CellOutcome]:
-    """What a cell comes to whose workers died over it again and again."""
-
-    def outcome(task: CellTask) -> CellOutcome:
-        text = f"{name(task)}: every worker that tried it died (often: out of memory); run the same command again"
-        return CellOutcome(CategoryResult(status="failed", error=text))
-
-    return outcome
+    session: Session,
+    title: str,
+    function: Callable[[Job], Result],
+    tasks: Sequence[Job],
+    lost: Callable[[Job], Result],
+    total: int | None = None,
+) -> Iterator[tuple[int, Result]]:
+    """Results of tasks as they finish, with progress and notices; `lost` gives that of a task that killed workers."""
+    if not tasks:
+        return
+    total = len(tasks) if total is None else total
+    done = 0
+    with session.reporter.task(title, total) as advance:
+        for index, outcome in run_tasks(session.pool(len(tasks)), function, tasks, lost=lost):
+            for notice in outcome.notices:
+                session.reporter.notice(notice)
+            yield index, outcome
+            done += outcome.samples
+            advance(done, total)

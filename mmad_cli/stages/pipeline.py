@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mmad_cli.errors import DataError, StoreError, UsageError, unknown_name
+from mmad_cli.errors import UNFORESEEN, DataError, UsageError, unforeseen, unknown_name
 from mmad_cli.methods.base import DiskEstimate
 from mmad_cli.stages.checkpoints import check_export, export_state
 from mmad_cli.stages.donors import donor_pool
@@ -184,6 +184,8 @@ def fit(session: Session, request: EvaluateRequest) -> list[CategoryOutcome]:
     artefact = None if shared is None else shared.artefact
     plans = {name: _training_part(session, prepared, samples, artefact) for name, samples in usable.items()}
     if request.force:
+        if shared is not None:
+            session.store.remove(shared.artefact)
         for one in plans.values():
             _forget_fit(session, one)
     if session.cluster is not None:
@@ -191,9 +193,7 @@ def fit(session: Session, request: EvaluateRequest) -> list[CategoryOutcome]:
 
         fitted = dict(zip(plans, fit_grid(session, prepared, list(plans.values()), shared), strict=True))
     else:
-        if shared is not None:
-            train_shared(session, shared, prepared.run)
-        fitted = {name: fit_category(session, prepared, one) for name, one in plans.items()}
+        fitted = {name: fit_category(session, prepared, one, shared) for name, one in plans.items()}
     if request.export is not None:
         fitted = {name: _exported(session, plans[name], one, request.export) for name, one in fitted.items()}
     return [
@@ -229,15 +229,15 @@ def _exported(session: Session, plan: CategoryPlan, outcome: CategoryOutcome, fo
     try:
         parts = [plan.fit] if plan.experts is None else [plan.experts.artefact, plan.fit]
         export_state(session.store, parts, folder)
-    except StoreError:
-        raise
     except DataError as error:
         return replace(outcome, error=str(error))
     return outcome
 
 
-def fit_category(session: Session, prepared: Prepared, plan: CategoryPlan) -> CategoryOutcome:
-    """Fit one category into the store; earlier stages are run where they are missing."""
+def fit_category(
+    session: Session, prepared: Prepared, plan: CategoryPlan, shared: SharedPlan | None
+) -> CategoryOutcome:
+    """Fit one category into the store; earlier stages, and a training over all, are run where they are missing."""
     category = plan.samples.category
     reports = {"preprocess": preprocess_category(session, category, plan.clean)}
     if reports["preprocess"].failures:
@@ -246,11 +246,14 @@ def fit_category(session: Session, prepared: Prepared, plan: CategoryPlan) -> Ca
     if reports["extract"].failures:
         return CategoryOutcome(category, reports)
     try:
+        if shared is not None:
+            train_shared(session, shared, prepared.run)
         _, info = fitted_method(session, plan, prepared.run)
-    except StoreError:
-        raise
     except DataError as error:
         return CategoryOutcome(category, reports, error=str(error))
+    except UNFORESEEN as error:
+        # a defect of ours or of a third party's method must not cost the other categories
+        return CategoryOutcome(category, reports, error=unforeseen(error))
     return CategoryOutcome(category, reports, info=info)
 
 

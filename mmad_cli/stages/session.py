@@ -47,7 +47,7 @@ class Session:
         if self.device not in DEVICES:
             raise UsageError(f"--device {self.device}: choose one of {', '.join(DEVICES)}")
         if self.dask is not None:
-            self.cluster = Cluster(self.dask)
+            self.cluster = Cluster(self.dask, self.reporter.notice)
         elif self.device == "cuda":
             self.resolve_device()
 

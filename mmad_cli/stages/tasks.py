@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 # Samples per task on a cluster, where networks are not loaded by who hands the tasks out
 _CLUSTER_BATCH = 8
-_LOST = "every worker of the cluster that tried it died (often: out of memory); run the same command again"
+LOST = "every worker of the cluster that tried it died (often: out of memory); run the same command again"
 _one_at_a_time = threading.RLock()
 
 
@@ -161,7 +161,7 @@ def run_all(
 
     def lost(job: Job) -> Outcome:
         ids = [one.clean.ref.id for one in job.jobs] if isinstance(job, ExtractTask) else [_sample_id(job)]
-        return Outcome(failures=dict.fromkeys(ids, _LOST), samples=len(ids))
+        return Outcome(failures=dict.fromkeys(ids, LOST), samples=len(ids))
 
     done = 0
     with reporter.task(title, total) as advance:

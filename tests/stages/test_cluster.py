@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -9,18 +10,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from mmad_cli.errors import UsageError
+from mmad_cli.errors import StoreError, UsageError
 from mmad_cli.results.runs import read_scores
-from mmad_cli.stages.cluster import Cluster
+from mmad_cli.stages.cluster import Cluster, _pass_on
 from mmad_cli.stages.evaluate import evaluate_all
+from mmad_cli.stages.executor import run_tasks
+from mmad_cli.stages.grid import CategoryTask, fit_task
+from mmad_cli.stages.pipeline import fit
 from mmad_cli.stages.plan import Selection
 from mmad_cli.stages.progress import Collector
 from mmad_cli.stages.request import EvaluateRequest
 from mmad_cli.stages.session import Session
+from mmad_cli.stages.tasks import ExtractTask
 from mmad_cli.store import Store
 
 pytest.importorskip("distributed")
@@ -116,22 +124,40 @@ def test_two_worker_processes_give_the_serial_numbers(
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_its_task_only(
+def test_an_interrupt_and_a_killed_worker_cost_what_was_being_done_only(
     cluster: WorkerProcesses, serial: Numbers, tiny_dataset: Path, tmp_path: Path
 ) -> None:
-    """The worker dies while it computes; what it had finished stays, and the other one does the rest."""
+    """The command is interrupted, and goes on; then a worker dies in the middle, and the other one does the rest."""
     store = tmp_path / "store"
     command = [sys.executable, "-m", "mmad_cli", "evaluate", str(tiny_dataset), "--method", "btf", "--variant", "raw"]
     options = ["--seed", "0", "--seed", "1", "--store", str(store), "--out", str(tmp_path / "out")]
-    running = subprocess.Popen(
-        [*command, *options, "--device", "cpu", "--dask", cluster.address], stderr=subprocess.PIPE
-    )
-    # some scans are clean, not all: the cluster is in the middle
-    _wait(lambda: len(list((store / "preprocess").rglob("*.safetensors"))) >= 2)
-    finished = {path: path.stat().st_mtime_ns for path in (store / "preprocess").rglob("*.safetensors")}
+
+    def finished() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (store / "preprocess").rglob("*.safetensors")}
+
+    def until(count: int) -> subprocess.Popen[str]:
+        running = subprocess.Popen(
+            [*command, *options, "--device", "cpu", "--dask", cluster.address],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        # some scans are clean, not all: the cluster is in the middle
+        _wait(lambda: len(finished()) >= count)
+        return running
+
+    interrupted = until(2)
+    interrupted.send_signal(signal.SIGINT)
+    assert "the same command resumes" in interrupted.communicate(timeout=60)[1]
+    assert interrupted.returncode == 130
+    before = finished()
+    running = until(len(before) + 1)
+    before = finished()
     os.killpg(cluster.workers[0].pid, signal.SIGKILL)
-    assert running.wait(timeout=240) == 0, running.stderr and running.stderr.read()
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    said = running.communicate(timeout=240)[1]
+    assert running.returncode == 0, said
+    assert "Traceback" not in said
+    assert {path: path.stat().st_mtime_ns for path in before} == before
     assert list(numbers(tmp_path / "out").values()) == list(serial.values())
 
 
@@ -170,6 +196,83 @@ def test_no_scheduler_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmad_cli.stages.cluster._CONNECT_SECONDS", 1)
     with pytest.raises(UsageError, match=r"--dask tcp://127\.0\.0\.1:9: no scheduler answers"):
         Cluster("tcp://127.0.0.1:9")
+
+
+def fit_raw(data: Path, store: Path, reporter: Collector | None = None) -> dict[str, Any]:
+    with Session(Store(store), None, "cpu", dask="tcp://inside", reporter=reporter or Collector()) as session:
+        return {one.category: one for one in fit(session, EvaluateRequest(data, "btf", "raw"))}
+
+
+def test_a_category_that_kills_workers_costs_only_itself(inside: Any, tiny_dataset: Path, tmp_path: Path) -> None:
+    inside(lambda _, job: isinstance(job, CategoryTask) and job.plan.samples.category == "cube")
+    found = fit_raw(tiny_dataset, tmp_path / "store")
+    assert found["block"].ok
+    assert not found["cube"].ok
+    assert "every worker of the cluster that tried it died" in str(found["cube"].error)
+    evaluate_on("tcp://inside", tiny_dataset, tmp_path / "store", tmp_path / "out")
+    found = {key: value[0] for key, value in _statuses(tmp_path / "out").items()}
+    assert found == {"0/block": "ok", "0/cube": "failed", "1/block": "ok", "1/cube": "failed"}
+
+
+def test_a_sample_that_kills_workers_is_not_tried_again_in_its_category(
+    inside: Any, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    def deadly(_: Any, job: Any) -> bool:
+        first = job.jobs[0] if isinstance(job, ExtractTask) else None
+        return first is not None and (first.clean.ref.id, first.clean.artefact.category) == ("train/good/001", "cube")
+
+    used = inside(deadly)
+    found = fit_raw(tiny_dataset, tmp_path / "store")
+    assert found["block"].ok
+    assert "train/good/001" in str(found["cube"].error)
+    fitted = [job.plan.samples.category for job in used.tried if isinstance(job, CategoryTask)]
+    assert fitted == ["block"]
+
+
+def test_counts_are_those_of_all_tasks(inside: Any, tiny_dataset: Path, tmp_path: Path) -> None:
+    inside(lambda *_: False)
+    for computed in (True, False):
+        for one in fit_raw(tiny_dataset, tmp_path / "store").values():
+            for report in one.reports.values():
+                assert report.computed == (report.total if computed else 0)
+
+
+def test_jobs_that_were_at_a_killed_worker_are_tried_again_alone(inside: Any) -> None:
+    """The scheduler blames all that waited at a worker that died; only what kills one by itself is lost."""
+    first: list[int] = []
+
+    def deadly(_: Any, job: int) -> bool:
+        first.append(job)
+        return job == 2 or (job == 3 and first.count(3) == 1)
+
+    used = inside(deadly)
+    found = dict(run_tasks(used, lambda job: job * 10, [1, 2, 3], lost=lambda job: -job))
+    assert found == {0: 10, 1: -2, 2: 30}
+    assert (used.tried[:3], sorted(used.tried[3:])) == ([1, 2, 3], [2, 3])
+
+
+@pytest.mark.parametrize("status", ["error", "finished", "cancelled"])
+def test_a_future_always_ends(status: str) -> None:
+    """A task that failed raises; one whose result cannot be fetched any more is dropped, so that nobody waits."""
+
+    async def result() -> None:
+        raise ValueError
+
+    future: Future[Any] = Future()
+    asyncio.run(_pass_on(SimpleNamespace(status=status, result=result), future))
+    with pytest.raises(ValueError if status == "error" else CancelledError):
+        future.result(timeout=1)
+
+
+def test_a_scheduler_without_workers_ends_the_command() -> None:
+    class NoWorkerError(Exception):
+        """As the scheduler raises it after `no-workers-timeout`."""
+
+    future: Future[Any] = Future()
+    future.set_exception(NoWorkerError())
+    executor = SimpleNamespace(submit=lambda *_: future)
+    with pytest.raises(StoreError, match="dropped the work"):
+        list(run_tasks(executor, fit_task, [1]))  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

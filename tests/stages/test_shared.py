@@ -13,6 +13,10 @@ import pytest
 from mmad_cli.methods.btf import BTF, DEFINITION
 from mmad_cli.results.schema import RunResult
 from mmad_cli.stages import api
+from mmad_cli.stages.grid import CategoryTask, SharedTask
+from mmad_cli.stages.pipeline import fit
+from mmad_cli.stages.request import EvaluateRequest
+from mmad_cli.stages.session import Session
 from mmad_cli.store import Store
 
 
@@ -75,6 +79,29 @@ def test_it_runs_once_and_over_all_categories(tiny_dataset: Path, tmp_path: Path
     assert scores(tmp_path / "seed") != scores(tmp_path / "both")
     evaluate(tiny_dataset, tmp_path, out=tmp_path / "both", force=True)
     assert len(sharing.calls) == 3
+
+
+@pytest.mark.parametrize("dask", [None, "tcp://inside"])
+def test_fitting_trains_first(
+    tiny_dataset: Path, tmp_path: Path, sharing: type[Sharing], inside: Any, dask: str | None
+) -> None:
+    inside(lambda *_: False)
+    with Session(Store(tmp_path / "store"), None, "cpu", dask=dask) as session:
+        found = fit(session, EvaluateRequest(tiny_dataset, "sharing", "raw"))
+    assert [(one.category, one.error) for one in found] == [("block", None), ("cube", None)]
+    assert sharing.calls == [["block", "cube"]]
+    assert evaluate(tiny_dataset, tmp_path).categories["cube"].status == "ok"
+    assert len(sharing.calls) == 1
+
+
+def test_on_a_cluster_a_training_that_kills_workers_is_said_in_every_category(
+    tiny_dataset: Path, tmp_path: Path, sharing: type[Sharing], inside: Any
+) -> None:
+    used = inside(lambda _, job: isinstance(job, SharedTask))
+    with Session(Store(tmp_path / "store"), None, "cpu", dask="tcp://inside") as session:
+        found = fit(session, EvaluateRequest(tiny_dataset, "sharing", "raw"))
+    assert all("training over all categories: every worker" in str(one.error) for one in found)
+    assert not any(isinstance(job, CategoryTask) for job in used.tried)
 
 
 def test_an_interrupted_training_goes_on(tiny_dataset: Path, tmp_path: Path, sharing: type[Sharing]) -> None:
