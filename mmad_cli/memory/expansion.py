@@ -6,18 +6,24 @@ of length 30. What a method learns from such distances it learns from the noise,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmad_cli.types import FloatArray
+from mmad_cli.devices import elements_that_fit
+from mmad_cli.types import FloatArray, IndexArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # products that a matrix product adds up in one go before it starts a new partial sum
 _BLOCK = 192
 # pairs at a time: their products stay in the cache
 _PAIRS = 512
 _TILE_ELEMENTS = 1 << 22
+# factors in float64 at a time on a device, of either side
+_DEVICE_ELEMENTS = 1 << 25
 # largest error of an expanded square seen is 5e-7 (|a|^2 + |b|^2), with up to 1920 channels
 _RELATIVE_ERROR = 2e-6
 
@@ -45,7 +51,37 @@ def expanded_distances(
     for i in range(0, len(a), _PAIRS):
         part = slice(i, i + _PAIRS)
         squares[part] = _expanded_squares(a[part], b[part], a_norms[part], b_norms[part])
-    return np.asarray(np.sqrt(np.maximum(squares, 0)), dtype=np.float32)
+    return _roots(squares)
+
+
+def expanded_distances_on_device(
+    queries: FloatArray,
+    rows: Tensor,
+    which: IndexArray,
+    indices: IndexArray,
+    query_norms: FloatArray,
+    row_norms: FloatArray,
+) -> FloatArray:
+    """`expanded_distances` of queries[which] (p, C) to rows[indices] (p, C), bit for bit, for rows on a device.
+
+    query_norms, row_norms (p,): `squared_norms` of both sides of each pair.
+    """
+    import torch
+
+    device, channels = rows.device, rows.shape[1]
+    blocks = -(-(channels + 2) // _BLOCK)
+    step = max(1, elements_that_fit(device, _DEVICE_ELEMENTS, 8) // (blocks * _BLOCK))
+    found = []
+    with torch.inference_mode():
+        # a copy: queries may be read-only
+        given = torch.from_numpy(np.array(queries, dtype=np.float32)).to(device)
+        for i in range(0, len(which), step):
+            part = slice(i, i + step)
+            a, b = (torch.from_numpy(np.ascontiguousarray(index[part])).to(device) for index in (which, indices))
+            norms = (torch.from_numpy(np.array(of[part])).to(device) for of in (query_norms, row_norms))
+            found.append(_expanded_squares_on_device(given[a], rows[b], *norms))
+        squares = torch.cat(found).cpu().numpy() if found else np.empty(0, dtype=np.float32)
+    return _roots(squares)
 
 
 def squared_norms(rows: NDArray[Any]) -> FloatArray:
@@ -63,6 +99,11 @@ def squared_norms(rows: NDArray[Any]) -> FloatArray:
 def largest_error(first: NDArray[Any], second: NDArray[Any]) -> FloatArray:
     """Bound on the rounding error of an expanded square, from the squared lengths of both vectors."""
     return np.asarray(_RELATIVE_ERROR * (first + second), dtype=np.float32)
+
+
+def _roots(squares: FloatArray) -> FloatArray:
+    """Always NumPy's roots: PyTorch's err by one unit on some processors."""
+    return np.asarray(np.sqrt(np.maximum(squares, 0)), dtype=np.float32)
 
 
 def _expanded_squares(a: FloatArray, b: FloatArray, a_norms: FloatArray, b_norms: FloatArray) -> FloatArray:
@@ -86,4 +127,26 @@ def _expanded_squares(a: FloatArray, b: FloatArray, a_norms: FloatArray, b_norms
     total: FloatArray = sums[0]
     for one in sums[1:]:
         total += one
+    return total
+
+
+def _expanded_squares_on_device(a: Tensor, b: Tensor, a_norms: Tensor, b_norms: Tensor) -> Tensor:
+    """The same for tensors."""
+    import torch
+
+    n, channels = a.shape
+    blocks = -(-(channels + 2) // _BLOCK)
+    left, right = (torch.zeros((blocks * _BLOCK, n), dtype=torch.float64, device=a.device) for _ in range(2))
+    left[:channels], right[:channels] = a.T, b.T
+    left[:channels] *= -2
+    left[channels], right[channels] = a_norms, 1
+    left[channels + 1], right[channels + 1] = 1, b_norms
+    left, right = left.view(blocks, _BLOCK, n), right.view(blocks, _BLOCK, n)
+    sums = torch.zeros((blocks, n), dtype=torch.float64, device=a.device)
+    for i in range(_BLOCK):
+        # rounded to float32 after each sum; whether the device fuses the exact product with it makes no difference
+        sums = sums.addcmul_(left[:, i], right[:, i]).float().double()
+    total = sums[0].float()
+    for one in sums[1:]:
+        total = total + one.float()
     return total

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mmad_cli.memory.expansion import expanded_distances, largest_error, squared_norms
+from mmad_cli.memory.expansion import largest_error, squared_norms
 from mmad_cli.memory.search import FlatIndex
 from mmad_cli.types import FloatArray, IndexArray
 
@@ -44,9 +44,7 @@ def _smallest_expanded(
     # the others cannot become the smallest
     patch, column = np.nonzero(squares - error <= (squares + error)[:, :1])
     rounded = np.full(direct.shape, np.inf, dtype=np.float32)
-    rounded[patch, column] = expanded_distances(
-        patches[patch], bank_index.rows[candidates[patch, column]], norms[patch], row_norms[patch, column]
-    )
+    rounded[patch, column] = bank_index.expanded_distances_to(patches, patch, candidates[patch, column], norms)
     best = np.lexsort((candidates, rounded), axis=1)[:, :1]
     return np.take_along_axis(rounded, best, 1)[:, 0], np.take_along_axis(candidates, best, 1)[:, 0]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -12,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mmad_cli.devices import elements_that_fit, or_on_cpu
-from mmad_cli.memory.expansion import squared_norms
+from mmad_cli.devices import elements_that_fit, free_memory, or_on_cpu
+from mmad_cli.memory.expansion import expanded_distances, expanded_distances_on_device, squared_norms
 from mmad_cli.memory.limit import fits, tile_elements
 from mmad_cli.types import FloatArray, IndexArray
 
@@ -25,6 +27,11 @@ _TILE_ELEMENTS = 1 << 24
 # products of queries and rows at a time on a GPU, and what FAISS may use for its own
 _GPU_PRODUCTS = 1 << 27
 _FAISS_TEMPORARY = 1 << 28
+# of the free memory, for rows that distances are evaluated with, and differences to them at a time
+_ROWS_SHARE = 1 / 4
+_DEVICE_ELEMENTS = 1 << 26
+# differences at a time on a CPU
+_CACHED_ELEMENTS = 1 << 18
 # Rounding in the products may swap close neighbours; these many more are looked at again by differences.
 _EXTRA = 4
 _CORE_TYPE = "OPENBLAS_CORETYPE"
@@ -55,6 +62,7 @@ class FlatIndex:
             raise ValueError("rows: must be finite, got NaN or infinite values")
         self.device, self._backend = device, backend
         self._searcher: _Searcher | None = None
+        self._device_rows: Tensor | None = None
         or_on_cpu(self._searcher_on, device, self._task)
 
     def __len__(self) -> int:
@@ -88,12 +96,47 @@ class FlatIndex:
 
     def distances_to(self, queries: NDArray[Any], indices: IndexArray) -> FloatArray:
         """L2 distances (n, k) of queries (n, C) to the rows with the given indices (n, k), by differences."""
-        step = max(1, tile_elements() // (self.n_channels * max(1, indices.shape[1])))
-        out = np.empty(indices.shape, dtype=np.float32)
-        for i in range(0, len(queries), step):
-            difference = self.rows[indices[i : i + step]] - queries[i : i + step, None]
-            out[i : i + step] = np.sqrt(np.einsum("nkc,nkc->nk", difference, difference))
-        return out
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+
+        def distances(device: str) -> FloatArray:
+            rows = self._rows_on(device)
+            if rows is None:
+                return _distances(self.rows, queries, indices)
+            return _distances_on_device(rows, queries, indices)
+
+        return or_on_cpu(distances, self.device, self._task)
+
+    def expanded_distances_to(
+        self, queries: FloatArray, which: IndexArray, indices: IndexArray, query_norms: FloatArray
+    ) -> FloatArray:
+        """Distances float32 (p,) of queries[which] to rows[indices], p pairs, as `expanded_distances` rounds them.
+
+        query_norms (n,): `squared_norms` of all queries (n, C).
+        """
+        norms = query_norms[which], self.squared_norms[indices]
+
+        def distances(device: str) -> FloatArray:
+            rows = self._rows_on(device)
+            if rows is None:
+                return expanded_distances(queries[which], self.rows[indices], *norms)
+            return expanded_distances_on_device(queries, rows, which, indices, *norms)
+
+        return or_on_cpu(distances, self.device, self._task)
+
+    def _rows_on(self, device: str) -> Tensor | None:
+        """The rows on a GPU, beside those of the search, where there is room for them; None on the CPU."""
+        import torch
+
+        if device == "cpu" or self.device == "cpu":
+            return None
+        if self._device_rows is None:
+            free = free_memory(device)
+            if free is not None and self.rows.nbytes > _ROWS_SHARE * free:
+                return None
+            self._device_rows = torch.empty(self.rows.shape, device=device)
+            for i, tile in _tiles(self.rows):
+                self._device_rows[i : i + len(tile)] = _tensor(tile)
+        return self._device_rows
 
     def _nearest(self, queries: FloatArray, k: int) -> tuple[FloatArray, IndexArray]:
         shifted, count = queries - self.shift, min(k + _EXTRA, len(self))
@@ -105,7 +148,7 @@ class FlatIndex:
     def _searcher_on(self, device: str) -> _Searcher:
         if self._searcher is None or device != self.device:
             # the old one first, so that its memory is free
-            self._searcher = None
+            self._searcher = self._device_rows = None
             self._searcher = _make_searcher(self.rows, self.shift, device, self._backend)
             self.device = device
         return self._searcher
@@ -113,6 +156,46 @@ class FlatIndex:
     @property
     def _task(self) -> str:
         return f"search among {len(self)} x {self.n_channels} rows"
+
+
+def _distances(rows: FloatArray, queries: FloatArray, indices: IndexArray) -> FloatArray:
+    """`FlatIndex.distances_to` on the CPU."""
+    # small enough for a cache: fresh memory costs more than the arithmetic
+    elements = min(_CACHED_ELEMENTS, tile_elements())
+    step = max(1, elements // (rows.shape[1] * max(1, indices.shape[1])))
+    out = np.empty(indices.shape, dtype=np.float32)
+    for i in range(0, len(queries), step):
+        difference = rows[indices[i : i + step]] - queries[i : i + step, None]
+        out[i : i + step] = np.sqrt(np.einsum("nkc,nkc->nk", difference, difference))
+    return out
+
+
+def _distances_on_device(rows: Tensor, queries: FloatArray, indices: IndexArray) -> FloatArray:
+    """The same for rows on a device."""
+    import torch
+
+    step = max(1, elements_that_fit(rows.device, _DEVICE_ELEMENTS, 4) // (rows.shape[1] * max(1, indices.shape[1])))
+    given, wanted = _tensor(queries).to(rows.device), torch.from_numpy(indices).to(rows.device)
+    found = [
+        (rows[index] - query[:, None]).square_().sum(2).sqrt_()
+        for query, index in zip(torch.split(given, step), torch.split(wanted, step), strict=True)
+    ]
+    return np.asarray(torch.cat(found).cpu().numpy())
+
+
+def _tensor(array: FloatArray) -> Tensor:
+    """A tensor that is only read, of an array that may be read-only."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        return torch.from_numpy(array)
+
+
+def _tiles(rows: FloatArray) -> Iterator[tuple[int, FloatArray]]:
+    """Position and rows of tiles that are small beside the whole."""
+    step = max(1, _TILE_ELEMENTS // rows.shape[1])
+    return ((i, rows[i : i + step]) for i in range(0, len(rows), step))
 
 
 class _Searcher(Protocol):
@@ -161,9 +244,8 @@ class _FaissSearcher:
             # FAISS takes up to 1.5 GB for itself at once, for every bank
             resources.setTempMemory(4 * elements_that_fit(f"cuda:{gpu}", _FAISS_TEMPORARY, 4))
             index = faiss.GpuIndexFlatL2(resources, rows.shape[1], config)
-        step = max(1, _TILE_ELEMENTS // rows.shape[1])
-        for i in range(0, len(rows), step):
-            index.add(rows[i : i + step] - shift)
+        for _, tile in _tiles(rows):
+            index.add(tile - shift)
         self.index = index
 
     def search(self, queries: FloatArray, k: int) -> IndexArray:
@@ -202,10 +284,9 @@ class _TorchSearcher:
             self.query_tile, self.row_tile = 4096, elements_that_fit(device, _GPU_PRODUCTS, 4) // 4096
         self.rows = torch.empty(rows.shape, device=device)
         self.norms = torch.empty(len(rows), device=device)
-        step = max(1, _TILE_ELEMENTS // rows.shape[1])
-        for i in range(0, len(rows), step):
-            tile = self.rows[i : i + step].copy_(torch.from_numpy(rows[i : i + step] - shift))
-            self.norms[i : i + step] = tile.square().sum(1)
+        for i, tile in _tiles(rows):
+            part = slice(i, i + len(tile))
+            self.norms[part] = self.rows[part].copy_(torch.from_numpy(tile - shift)).square().sum(1)
         self.scratch = torch.empty(self.query_tile * min(self.row_tile, len(rows)), device=device)
 
     def search(self, queries: FloatArray, k: int) -> IndexArray:

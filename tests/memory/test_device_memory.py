@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from mmad_cli.memory import BankConfig, FlatIndex, MemoryBank, coreset, greedy_coreset, search
+from mmad_cli.memory import (
+    BankConfig,
+    FlatIndex,
+    MemoryBank,
+    coreset,
+    expansion,
+    greedy_coreset,
+    patch_distances,
+    search,
+)
 
 GPU = "cpu:0"
 
@@ -45,8 +54,9 @@ def test_memory_that_ends_in_a_search_changes_the_device_once(clustered, monkeyp
 
     monkeypatch.setattr(index._searcher, "search", fails)
     for _ in range(2):
-        found = index.nearest(queries, 3)
-        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+        distances, indices = index.nearest(queries, 3)
+        np.testing.assert_allclose(distances, expected[0], rtol=1e-6)
+        assert np.array_equal(indices, expected[1])
     assert index.device == "cpu"
     assert caplog.text.count("no memory left") == 1
 
@@ -88,6 +98,22 @@ def test_a_selection_without_memory_goes_on_on_the_cpu(clustered, monkeypatch, c
     assert "selecting 80 of 800 rows: no memory left on cpu:0" in caplog.text
 
 
+@pytest.mark.parametrize("room", [True, False])
+def test_distances_are_evaluated_where_the_rows_fit(clustered, monkeypatch, room):
+    """A second copy of the rows is for speed only."""
+    rows, queries = clustered(900, 300), clustered(50, 300, seed=1)
+    queries = np.concatenate([queries, rows[:20]])
+    host = FlatIndex(rows)
+    index = FlatIndex(rows, GPU, "torch")
+    monkeypatch.setattr(search, "free_memory", lambda device: (8 if room else 3) * rows.nbytes)
+    for ours, theirs in zip(index.nearest(queries, 3), host.nearest(queries, 3), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-6)
+    # published rounding is met bit for bit
+    for ours, theirs in zip(*(patch_distances(queries, one, "expanded") for one in (index, host)), strict=True):
+        assert np.array_equal(ours, theirs)
+    assert (index._device_rows is not None) == room
+
+
 def test_small_tiles_change_no_choice(clustered, monkeypatch):
     """What a card with little free memory computes with."""
     rows, queries = clustered(3000, 100), clustered(70, 100, seed=1)
@@ -96,8 +122,11 @@ def test_small_tiles_change_no_choice(clustered, monkeypatch):
     monkeypatch.setattr(coreset, "_tile_elements", lambda table: 1 << 14)
     monkeypatch.setattr(search, "elements_that_fit", lambda *_: 1 << 16)
     monkeypatch.setattr(search, "_TILE_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(expansion, "elements_that_fit", lambda *_: 1 << 12)
     assert np.array_equal(greedy_coreset(rows, 300), expected)
     index = FlatIndex(rows, GPU, "torch")
     assert index._searcher.row_tile == 16
     for a, b in zip(index.nearest(queries, 3), found, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(*(patch_distances(queries, one, "expanded") for one in (index, FlatIndex(rows))), strict=True):
         np.testing.assert_array_equal(a, b)

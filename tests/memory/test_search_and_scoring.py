@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmad_cli.memory import FlatIndex, expanded_distances, patch_distances, reweighted_score
+from mmad_cli.memory import FlatIndex, expanded_distances, expansion, patch_distances, reweighted_score
+from mmad_cli.memory.expansion import expanded_distances_on_device, squared_norms
 
 # eps of each published variant (section "scores" of its code) and the divisor of the two-bank variant
 VARIANTS = {
@@ -77,6 +78,28 @@ def test_published_distances_bit_for_bit(golden, bank):
     np.testing.assert_array_equal(distances[hits], case["min_dist"][hits])
     np.testing.assert_array_max_ulp(distances, case["min_dist"], maxulp=1)
     np.testing.assert_array_equal(indices, case["min_idx"])
+
+
+@pytest.mark.parametrize("channels", [1, 190, 191, 400])
+@pytest.mark.parametrize("tile", [None, 600])
+def test_expansion_on_a_device_is_the_same_to_the_last_bit(monkeypatch, torch_device, channels, tile):
+    if tile:
+        monkeypatch.setattr(expansion, "_DEVICE_ELEMENTS", tile)
+    rng = np.random.default_rng(0)
+    rows = 5 * rng.standard_normal((30, channels)).astype(np.float32)
+    queries = np.concatenate([rows[:10], rows[:10] + np.float32(1e-3), rng.random((5, channels), dtype=np.float32)])
+    queries.setflags(write=False)
+    which, indices = rng.integers(0, len(queries), 80), rng.integers(0, len(rows), 80)
+    which[:20], indices[:20] = np.arange(20), np.arange(20) % 10
+    norms = [squared_norms(of)[at] for of, at in ((queries, which), (rows, indices))]
+    on_device = torch.from_numpy(rows).to(torch_device)
+    found = expanded_distances_on_device(queries, on_device, which, indices, *norms)
+    expected = expanded_distances(queries[which], rows[indices])
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected)
+    assert (
+        expanded_distances_on_device(queries, on_device, which[:0], indices[:0], norms[0][:0], norms[1][:0]).size == 0
+    )
 
 
 def test_expansion_adds_up_in_blocks():
