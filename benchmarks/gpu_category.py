@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from mmad_cli.methods import build_config, get_method
 from mmad_cli.methods.base import MAP_SIZE
 from mmad_cli.methods.m3dm.dlf import one_class_coefficients
 from mmad_cli.methods.m3dm.method import M3DM
+from mmad_cli.methods.m3dm.streams import Samples, first
 from mmad_cli.methods.m3dm.uff import new_network
 from mmad_cli.types import Sample
 
@@ -260,23 +261,7 @@ class Scan:
         return self.features[name]
 
 
-@dataclass(frozen=True)
-class Scans:
-    """A feature set in memory."""
-
-    samples: list[Scan] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Scan:
-        return self.samples[index]
-
-    def __iter__(self) -> Iterator[Scan]:
-        return iter(self.samples)
-
-
-def featured_scans(sizes: Sizes, count: int) -> Scans:
+def featured_scans(sizes: Sizes, count: int) -> Samples:
     """Features that lie where the banks of `scoring` do; 15 % of the pixels have a point, as in real scans."""
     y, x = np.mgrid[:MAP_SIZE, :MAP_SIZE] - MAP_SIZE // 2
     pixel = np.flatnonzero(x * x + y * y < 49**2)
@@ -284,8 +269,8 @@ def featured_scans(sizes: Sizes, count: int) -> Scans:
     side = round(sizes.rgb_patches**0.5)
     samples = []
     for number in range(count):
-        first = random.integers(0, sizes.groups, len(pixel))
-        neighbours = np.stack([first, (first + 1) % sizes.groups, (first + 2) % sizes.groups], axis=1)
+        nearest = random.integers(0, sizes.groups, len(pixel))
+        neighbours = (nearest[:, None] + np.arange(3)) % sizes.groups
         points = {
             "tokens": low_rank_rows(sizes.groups, sizes.point_channels, seed=100 + number),
             "pixel": pixel.astype(np.int32),
@@ -297,7 +282,7 @@ def featured_scans(sizes: Sizes, count: int) -> Scans:
             "grid": np.array([side, side], np.int32),
         }
         samples.append(Scan(f"train/good/{number:03d}", {"points": points, "rgb": rgb}))
-    return Scans(samples)
+    return Samples(samples)
 
 
 def method_of(sizes: Sizes, device: str, **settings: Any) -> M3DM:
@@ -313,8 +298,8 @@ def scoring(sizes: Sizes, device: str, timed: Timed) -> list[Row]:
     """Seconds per scan for making the rows of the banks, for scoring against full banks and for decision fusion."""
     streamed = featured_scans(sizes, 2 * sizes.scored)
     few = method_of(sizes, device, coreset_fraction=0.001, dlf_fit="fixed")
-    few.fit(Scans(streamed.samples[:1]), Scans(), seed=0)
-    rows_seconds, _ = timed(lambda: few.fit(streamed, Scans(), seed=0))
+    few.fit(first(streamed, 1), Samples([]), seed=0)
+    rows_seconds, _ = timed(lambda: few.fit(streamed, Samples([]), seed=0))
 
     method = method_of(sizes, device)
     chained = max(1, sizes.kept // 10)
@@ -327,7 +312,7 @@ def scoring(sizes: Sizes, device: str, timed: Timed) -> list[Row]:
     for bank in method.banks_.values():
         bank.device = device
     method.fusion_ = method._fixed_fusion()
-    scored = Scans(streamed.samples[: sizes.scored])
+    scored = first(streamed, sizes.scored)
     method.predict(scored[0])
     predict_seconds, _ = timed(lambda: [method.predict(scan) for scan in scored])
     # distances of order 1, as patches have; how many epochs it takes depends on them

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +44,15 @@ def elements_that_fit(device: str | torch.device, most: int, bytes_each: int) ->
     while free is not None and most > _LEAST_ELEMENTS and most * bytes_each > _SHARE * free:
         most //= 2
     return most
+
+
+def sent(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The array as a tensor on a device, on its way there without the host waiting for it."""
+    import torch
+
+    tensor = torch.from_numpy(array)
+    # from memory that the system does not move, a GPU fetches by itself
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ from mmad_cli.alignment.interpolation import NEIGHBOURS, nearest_centres
 from mmad_cli.backbones._checkpoints import build_with, read_checkpoint
 from mmad_cli.backbones.base import Features, float32
 from mmad_cli.backbones.weights import resolve
-from mmad_cli.devices import in_batches
+from mmad_cli.devices import in_batches, sent
 from mmad_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -112,8 +112,8 @@ class PointBackbone:
 
         half = self._settings.precision == "bfloat16"
         with torch.inference_mode(), torch.autocast(self._device.type, torch.bfloat16, enabled=half):
-            on_device = [torch.from_numpy(array).to(self._device) for array in (groups, centres)]
-            return self._forward(on_device[0], on_device[1], samples).float().cpu().numpy()
+            tokens = self._forward(sent(groups, self._device), sent(centres, self._device), samples)
+        return tokens.float().cpu().numpy()
 
     def _forward(self, groups: torch.Tensor, centres: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:
         settings = self._settings

@@ -18,7 +18,7 @@ from mmad_cli.backbones.base import Features
 from mmad_cli.backbones.builtin import RGB, is_builtin
 from mmad_cli.backbones.cloud_images import normal_image, relief_image, sample_bilinear, shaded_views
 from mmad_cli.backbones.weights import WeightsRecord, resolve
-from mmad_cli.devices import in_batches
+from mmad_cli.devices import in_batches, sent
 from mmad_cli.errors import DataError, UsageError, WeightsError
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class TimmBackbone:
         import torch
 
         with torch.inference_mode(), _full_precision(self._device):
-            batch = ((_on_device(images, self._device) - self._mean) / self._std).to(self._dtype)
+            batch = ((sent(images, self._device) - self._mean) / self._std).to(self._dtype)
             if self._settings.outputs is None:
                 return self._tokens(batch)
             return self._maps(batch, self._settings.outputs)
@@ -161,14 +161,6 @@ class TimmBackbone:
         arriving = _arriving([network.forward_features(batch)[:, network.num_prefix_tokens :].float()])
         grid = np.array(_grid(network, self._settings), dtype=np.int32)
         return lambda: [{"tokens": np.ascontiguousarray(of_sample), "grid": grid.copy()} for of_sample in arriving()[0]]
-
-
-def _on_device(images: FloatArray, device: torch.device) -> torch.Tensor:
-    import torch
-
-    batch = torch.from_numpy(images)
-    # from memory that the system does not move a GPU fetches by itself, so nothing waits
-    return batch if device.type == "cpu" else batch.pin_memory().to(device, non_blocking=True)
 
 
 def _arriving(tensors: Sequence[torch.Tensor]) -> Callable[[], list[NDArray[Any]]]:
