@@ -39,7 +39,7 @@ MemoryLimit = Annotated[
     typer.Option(
         "--memory-limit",
         metavar="SIZE",
-        help="Memory for this process, such as 4GB: banks that need more are kept in mapped files.",
+        help="Memory of the command and its workers (with --dask: each), such as 4GB; larger banks are mapped files.",
         show_default=False,
     ),
 ]

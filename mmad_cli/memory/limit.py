@@ -1,12 +1,13 @@
-"""How much memory this process may take, and arrays that go to a mapped file when they would take more.
+"""How much memory a command may take, and arrays that go to a mapped file when they would take more.
 
-The limit is one of the whole process, like its number of threads, and no part of any configuration: results are the
-same with and without. It counts memory that the system cannot write back to a file (anonymous memory); pages of a
-mapped file are cache, which the system takes back when it needs them.
+The limit is one of the whole process and its worker processes, like the number of threads, and no part of any
+configuration: results are the same with and without. It counts memory that the system cannot write back to a file
+(anonymous memory); pages of a mapped file are cache, which the system takes back when it needs them.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from pathlib import Path
@@ -18,9 +19,14 @@ from numpy.typing import DTypeLike, NDArray
 from mmad_cli.errors import StoreError, UsageError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-# an array that takes more than this share of what is left goes to a file
+# an array that takes more than this share of what is left goes to a file, and one that would leave less than the
+# reserve: many arrays in a row must not use up what temporary ones need
 _SHARE = 0.5
+_RESERVE = 128 << 20
+_SMALL = 1 << 20
 _LEAST = 32 << 20
+# what a worker process takes at most for a scan of 800 x 800 pixels, libraries included (measured: 190 MB)
+_WORKER = 256 << 20
 _LARGEST_TILE = 1 << 24
 
 _limit: int | None = None
@@ -41,7 +47,7 @@ def parse_memory(text: str) -> int:
 
 
 def set_memory_limit(limit: int | None, folder: Path | None = None) -> None:
-    """Let arrays of banks keep this process below `limit` bytes; files lie in `folder`. None: no limit."""
+    """Let arrays of banks keep the command below `limit` bytes; files lie in `folder`. None: no limit."""
     global _limit, _folder
     _limit, _folder = limit, folder
 
@@ -50,19 +56,24 @@ def memory_left() -> int | None:
     """Bytes below the limit, None without one. Raises UsageError naming --memory-limit when there is no room at all."""
     if _limit is None:
         return None
-    taken = anonymous_memory()
+    taken = anonymous_memory() + sum(_anonymous(child.pid) or 0 for child in multiprocessing.active_children())
     if _limit - taken < _LEAST:
         raise UsageError(
             f"--memory-limit: {_limit / 1e6:.0f} MB, and this process holds {taken / 1e6:.0f} MB already (networks, "
-            f"libraries, features of a sample); give at least {(taken + 4 * _LEAST) / 1e6:.0f} MB"
+            f"libraries, features of a sample, workers); give at least {(taken + _RESERVE) / 1e6:.0f} MB"
         )
     return _limit - taken
+
+
+def workers_that_fit(count: int, limit: int | None) -> int:
+    """How many of so many worker processes a limit has room for next to this process; 1 for work in this process."""
+    return count if limit is None else max(1, min(count, limit // _WORKER - 1))
 
 
 def fits(size: int) -> bool:
     """Whether an array of so many bytes is to be held in memory."""
     left = memory_left()
-    return left is None or size <= _SHARE * left
+    return left is None or size <= max(_SMALL, min(_SHARE * left, left - _RESERVE))
 
 
 def tile_elements() -> int:
@@ -95,10 +106,18 @@ def bounded_empty(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDAr
 
 def anonymous_memory() -> int:
     """Bytes of this process that no file stands behind; the peak of its memory where the system does not say."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-    except (OSError, StopIteration):
+    found = _anonymous("self")
+    if found is None:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found
+
+
+def _anonymous(process: int | str | None) -> int | None:
+    """The same of any process; None where the system does not say or the process is gone."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+    except (OSError, StopIteration):
+        return None

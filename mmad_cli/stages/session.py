@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mmad_cli.errors import UsageError
-from mmad_cli.memory.limit import set_memory_limit
+from mmad_cli.memory.limit import set_memory_limit, workers_that_fit
 from mmad_cli.stages.cluster import Cluster
 from mmad_cli.stages.executor import close_pool, make_pool, resolve_workers
 from mmad_cli.stages.progress import Reporter, SilentReporter
@@ -39,10 +39,6 @@ class Session:
         set_memory_limit(self.memory_limit, self.store.root / "work")
         if self.dask is not None and self.workers is not None:
             raise UsageError("--workers: the cluster of --dask has its own workers; leave one of the two out")
-        if self.dask is not None and self.memory_limit is not None:
-            raise UsageError(
-                "--memory-limit: counts for this process only; give it to the workers: --memory-limit of dask"
-            )
         self.timings = Timings(self.store.root)
         if self.device not in DEVICES:
             raise UsageError(f"--device {self.device}: choose one of {', '.join(DEVICES)}")
@@ -81,7 +77,7 @@ class Session:
         """How many processes so many tasks would be shared out to; 1 for work in this process."""
         if self.cluster is not None:
             return self.cluster.workers()
-        count = resolve_workers(self.workers)
+        count = workers_that_fit(resolve_workers(self.workers), self.memory_limit)
         return count if tasks >= 2 * count else 1
 
     def check_cluster(self, data: Path, weights: Mapping[str, str]) -> None:

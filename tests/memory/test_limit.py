@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +18,8 @@ from mmad_cli.errors import StoreError, UsageError
 from mmad_cli.memory import BankConfig, FlatIndex, MemoryBank
 from mmad_cli.memory import limit as limits
 from mmad_cli.memory.search import _TiledFaissSearcher
+from mmad_cli.stages.session import Session
+from mmad_cli.store import Store
 
 
 @pytest.fixture
@@ -93,3 +101,102 @@ def test_a_full_disk_is_said(limited: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_without_a_limit_rows_are_in_memory() -> None:
     assert not isinstance(FlatIndex(np.eye(4, dtype=np.float32)).rows, np.memmap)
+
+
+WHOLE = """
+import hashlib, sys
+from pathlib import Path
+import numpy as np
+from mmad_cli.memory.limit import set_memory_limit
+from mmad_cli.methods import build_config, get_method
+
+class Scan:
+    def __init__(self, number):
+        self.id, self.number = f"{number:03d}", number
+    def __getitem__(self, name):
+        rows = np.random.default_rng(self.number).standard_normal((784, 768), dtype=np.float32)
+        return {"tokens": rows, "grid": np.array([28, 28], np.int32)}
+
+class Scans(list):
+    def __init__(self, count):
+        super().__init__(map(Scan, range(count)))
+
+folder, limit = Path(sys.argv[1]), int(sys.argv[2])
+set_memory_limit(limit or None, folder)
+definition = get_method("m3dm")
+config = build_config(definition, "dino", "official", {"coreset_fraction": 1.0})
+definition.build(config, "cpu").fit(Scans(2), Scans(0), seed=0)
+method = definition.build(config, "cpu")
+method.fit(Scans(36), Scans(0), seed=0)
+method.save(folder)
+method = definition.build(config, "cpu")
+method.load(folder)
+scored = method.predict(Scan(999))
+print(scored.image_score, hashlib.sha256(scored.anomaly_map.tobytes()).hexdigest())
+"""
+
+
+def whole(folder: Path, limit: int) -> tuple[str, int]:
+    """What a process prints that fits M3DM, stores it, loads it and scores; and its peak, seen from outside."""
+    folder.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", WHOLE, str(folder), str(limit)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, limits._anonymous(process.pid) or 0)
+        time.sleep(0.005)
+    assert process.returncode == 0
+    return process.communicate()[0], peak
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory of other processes is read from /proc")
+def test_a_whole_fit_stays_below_the_limit_with_the_same_scores(tmp_path: Path) -> None:
+    """A bank of 87 MB, which is held twice while it is searched."""
+    limit = 380_000_000
+    free, without = whole(tmp_path / "free", 0)
+    bounded, within = whole(tmp_path / "bounded", limit)
+    assert bounded == free
+    assert within < limit < without
+
+
+def test_workers_take_part_in_the_limit(tmp_path: Path) -> None:
+    assert limits.workers_that_fit(8, None) == 8
+    found = [limits.workers_that_fit(4, size) for size in (10**8, 6 * 10**8, 10**9, 10**11)]
+    assert found == [1, 1, 2, 4]
+    with Session(Store(tmp_path), 4, memory_limit=10**9) as session:
+        assert (session.pool_workers(100), session.pool_workers(2)) == (2, 1)
+
+
+def test_what_workers_hold_is_counted(tmp_path: Path) -> None:
+    limits.set_memory_limit(10**12, tmp_path)
+    try:
+        alone = limits.memory_left()
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            # its modules take some memory
+            pool.submit(limits.anonymous_memory).result()
+            together = limits.memory_left()
+    finally:
+        limits.set_memory_limit(None)
+    assert alone is not None
+    assert together is not None
+    assert alone - together > 5 << 20
+
+
+def test_many_arrays_in_a_row_leave_a_reserve(tmp_path: Path) -> None:
+    limits.set_memory_limit(limits.anonymous_memory() + (400 << 20), tmp_path)
+    try:
+        arrays = []
+        for _ in range(20):
+            arrays.append(limits.bounded_empty((20 << 18,)))
+            arrays[-1][:] = 1.0
+        left = limits.memory_left()
+    finally:
+        limits.set_memory_limit(None)
+    assert left is not None
+    assert left > 100 << 20
+    assert {isinstance(array, np.memmap) for array in arrays} == {True, False}
