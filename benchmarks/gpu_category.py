@@ -269,7 +269,8 @@ def featured_scans(sizes: Sizes, count: int) -> Samples:
     side = round(sizes.rgb_patches**0.5)
     samples = []
     for number in range(count):
-        nearest = random.integers(0, sizes.groups, len(pixel))
+        # near each other for pixels that are near each other
+        nearest = pixel // MAP_SIZE // 7 * 32 + pixel % MAP_SIZE // 7
         neighbours = (nearest[:, None] + np.arange(3)) % sizes.groups
         points = {
             "tokens": low_rank_rows(sizes.groups, sizes.point_channels, seed=100 + number),

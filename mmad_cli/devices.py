@@ -6,9 +6,11 @@ Everything here takes a device by its PyTorch name and leaves the CPU as it is.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -44,6 +46,18 @@ def elements_that_fit(device: str | torch.device, most: int, bytes_each: int) ->
     while free is not None and most > _LEAST_ELEMENTS and most * bytes_each > _SHARE * free:
         most //= 2
     return most
+
+
+def shared_tensor(array: NDArray[Any]) -> torch.Tensor:
+    """A tensor of the same memory, which may be read-only (a memory map): the tensor is only read."""
+    import torch
+
+    array = np.ascontiguousarray(array)
+    if array.flags.writeable:
+        return torch.from_numpy(array)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        return torch.from_numpy(array)
 
 
 def sent(array: NDArray[Any], device: torch.device) -> torch.Tensor:

@@ -111,7 +111,7 @@ def pooled_operator(
     grid: int = 56,
     size: int = 224,
 ) -> Any:
-    """Group features to patch features: a SciPy CSR matrix A float32 (grid * grid, n_centres), patches = A @ tokens.
+    """Group features to patch features: a SciPy CSC matrix A float32 (grid * grid, n_centres), patches = A @ tokens.
 
     Interpolation to the points by `weights` (P, 3) at `indices` (P, 3), scattering to `pixel` (P,) = size * y + x
     (empty pixels are zeros and take part), an unpadded 3 x 3 average, adaptive averaging to `grid`. Row grid * y + x

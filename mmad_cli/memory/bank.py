@@ -183,19 +183,6 @@ class MemoryBank:
         bank.device = device
         return bank
 
-    def _normalised(self, blocks: Blocks, n_rows: int, n_channels: int) -> Iterator[tuple[int, FloatArray]]:
-        """(position of its first row, block) over the stream, checked against the announced size."""
-        position = 0
-        for block in blocks():
-            if block.ndim != 2 or block.shape[1] != n_channels:
-                raise ValueError(f"blocks: must have shape (n, {n_channels}), got {block.shape}")
-            if position + len(block) > n_rows:
-                raise ValueError(f"blocks: must sum up to {n_rows} rows, got more")
-            yield position, self.normalise(block)
-            position += len(block)
-        if position != n_rows:
-            raise ValueError(f"blocks: must sum up to {n_rows} rows, got {position}")
-
     def _select(
         self,
         blocks: Blocks,
@@ -236,8 +223,8 @@ class MemoryBank:
             out = torch.from_numpy(bounded_empty((n_rows, width)))
         else:
             out = torch.empty((n_rows, width), dtype=torch.float32, device=device)
-        for position, block in self._normalised(blocks, n_rows, n_channels):
-            out[position : position + len(block)] = projector(block)
+        for position, block in _checked(blocks, n_rows, n_channels):
+            out[position : position + len(block)] = projector(self.normalise(block))
         return out
 
     def _projection(self, n_rows: int, n_channels: int, stream: np.random.RandomState | None) -> Any:
@@ -254,10 +241,24 @@ class MemoryBank:
         order = np.argsort(self.picks_, kind="stable")
         ascending = self.picks_[order]
         out = bounded_empty((len(order), n_channels))
-        for position, block in self._normalised(blocks, n_rows, n_channels):
+        for position, block in _checked(blocks, n_rows, n_channels):
             begin, end = np.searchsorted(ascending, [position, position + len(block)])
-            out[order[begin:end]] = block[ascending[begin:end] - position]
+            out[order[begin:end]] = self.normalise(block[ascending[begin:end] - position])
         return out
+
+
+def _checked(blocks: Blocks, n_rows: int, n_channels: int) -> Iterator[tuple[int, NDArray[Any]]]:
+    """(position of its first row, block) over the stream, checked against the announced size."""
+    position = 0
+    for block in blocks():
+        if block.ndim != 2 or block.shape[1] != n_channels:
+            raise ValueError(f"blocks: must have shape (n, {n_channels}), got {block.shape}")
+        if position + len(block) > n_rows:
+            raise ValueError(f"blocks: must sum up to {n_rows} rows, got more")
+        yield position, block
+        position += len(block)
+    if position != n_rows:
+        raise ValueError(f"blocks: must sum up to {n_rows} rows, got {position}")
 
 
 def _mapped_rows(path: Path) -> FloatArray:

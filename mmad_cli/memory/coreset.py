@@ -10,7 +10,6 @@ all other rows. Every pick is therefore the farthest row of the whole bank.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmad_cli.devices import elements_that_fit
+from mmad_cli.devices import elements_that_fit, shared_tensor
 from mmad_cli.types import IndexArray
 
 Progress = Callable[[int, int], None]
@@ -185,7 +184,7 @@ def _double_distances(table: Tensor, centres: Tensor, mean: Tensor, tile: int = 
 
 def _table(rows: Rows, device: str | torch.device) -> Tensor:
     """The rows as a contiguous floating point tensor on the device, without a copy where that is possible."""
-    tensor = rows.detach() if isinstance(rows, Tensor) else _shared_tensor(np.asarray(rows))
+    tensor = rows.detach() if isinstance(rows, Tensor) else shared_tensor(np.asarray(rows))
     if tensor.ndim != 2 or tensor.shape[0] == 0 or tensor.shape[1] == 0:
         raise ValueError(f"rows: must be a non-empty (N, C) matrix, got shape {tuple(tensor.shape)}")
     if tensor.is_complex():
@@ -193,13 +192,6 @@ def _table(rows: Rows, device: str | torch.device) -> Tensor:
     if not tensor.is_floating_point():
         tensor = tensor.to(torch.float32)
     return tensor.to(device).contiguous()
-
-
-def _shared_tensor(array: NDArray[Any]) -> Tensor:
-    with warnings.catch_warnings():
-        # Read-only arrays (memory maps) are fine: nothing here writes to the rows.
-        warnings.filterwarnings("ignore", message=".*not writable.*")
-        return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def _check_count(count: int, n_rows: int) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmad_cli.devices import shared_tensor
 from mmad_cli.types import FloatArray
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ class Projector:
         if rows.ndim != 2 or (self.weight is not None and rows.shape[1] != self.weight.shape[1]):
             width = "C" if self.weight is None else self.weight.shape[1]
             raise ValueError(f"rows: must have shape (n, {width}), got {rows.shape}")
-        # A copy, so that the result never aliases a block that its source may use again.
-        block = torch.from_numpy(np.array(rows, dtype=np.float32)).to(self.device)
-        return block if self.weight is None else block @ self.weight.T
+        if self.weight is None:
+            # A copy, so that the result never aliases a block that its source may use again.
+            return torch.from_numpy(np.array(rows, dtype=np.float32)).to(self.device)
+        return shared_tensor(np.asarray(rows, dtype=np.float32)).to(self.device) @ self.weight.T

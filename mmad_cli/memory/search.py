@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mmad_cli.devices import elements_that_fit, free_memory, or_on_cpu
+from mmad_cli.devices import elements_that_fit, free_memory, or_on_cpu, shared_tensor
 from mmad_cli.memory.expansion import expanded_distances, expanded_distances_on_device, squared_norms
 from mmad_cli.memory.limit import fits, tile_elements
 from mmad_cli.types import FloatArray, IndexArray
@@ -135,7 +134,7 @@ class FlatIndex:
                 return None
             self._device_rows = torch.empty(self.rows.shape, device=device)
             for i, tile in _tiles(self.rows):
-                self._device_rows[i : i + len(tile)] = _tensor(tile)
+                self._device_rows[i : i + len(tile)] = shared_tensor(tile)
         return self._device_rows
 
     def _nearest(self, queries: FloatArray, k: int) -> tuple[FloatArray, IndexArray]:
@@ -175,21 +174,12 @@ def _distances_on_device(rows: Tensor, queries: FloatArray, indices: IndexArray)
     import torch
 
     step = max(1, elements_that_fit(rows.device, _DEVICE_ELEMENTS, 4) // (rows.shape[1] * max(1, indices.shape[1])))
-    given, wanted = _tensor(queries).to(rows.device), torch.from_numpy(indices).to(rows.device)
+    given, wanted = shared_tensor(queries).to(rows.device), torch.from_numpy(indices).to(rows.device)
     found = [
         (rows[index] - query[:, None]).square_().sum(2).sqrt_()
         for query, index in zip(torch.split(given, step), torch.split(wanted, step), strict=True)
     ]
     return np.asarray(torch.cat(found).cpu().numpy())
-
-
-def _tensor(array: FloatArray) -> Tensor:
-    """A tensor that is only read, of an array that may be read-only."""
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not writable.*")
-        return torch.from_numpy(array)
 
 
 def _tiles(rows: FloatArray) -> Iterator[tuple[int, FloatArray]]:
