@@ -144,13 +144,13 @@ class TimmBackbone:
             return self._maps(batch, self._settings.outputs)
 
     def _maps(self, batch: torch.Tensor, outputs: Sequence[int]) -> _Running:
-        arriving = _arriving([output.float() for output in self._network(batch)])
+        arriving, count = _arriving([output.float() for output in self._network(batch)]), len(batch)
 
         def features() -> list[Features]:
             maps = arriving()
             return [
                 {f"out{i}": np.ascontiguousarray(of_output[sample]) for i, of_output in zip(outputs, maps, strict=True)}
-                for sample in range(len(batch))
+                for sample in range(count)
             ]
 
         return features
