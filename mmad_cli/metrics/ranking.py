@@ -8,11 +8,12 @@ stand.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from scipy import ndimage
 
 from mmad_cli.metrics.arrays import AnyArray, ImageStack, read_images
@@ -23,6 +24,9 @@ NO_ANOMALOUS_IMAGE = "no anomalous test image"
 NO_NORMAL_IMAGE = "no normal test image"
 NO_DEFECT_PIXEL = "no defect pixel in any mask"
 NO_NORMAL_PIXEL = "no normal pixel in any mask"
+
+# Makes an array of a shape and type whose content does not matter, as numpy.empty does
+Empty = Callable[[tuple[int, ...], DTypeLike], AnyArray]
 
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=np.bool_)
 
@@ -105,25 +109,29 @@ def label_regions(mask: BoolArray) -> tuple[IndexArray, int]:
     return labels, int(count)
 
 
-def rank_pixels(masks: ImageStack, maps: ImageStack) -> RankedPixels:
+def rank_pixels(masks: ImageStack, maps: ImageStack, empty: Empty = np.empty) -> RankedPixels:
     """Sort the normal and the defect pixels of all images.
 
-    masks bool and maps float, (N, H, W) or N arrays (H, W) of any sizes. Raises ValueError on unequal shapes,
-    masks with values other than 0 and 1, or non-finite maps.
+    masks bool and maps float, (N, H, W) or N arrays (H, W) of any sizes. `empty` makes the array of all normal
+    pixels, for who wants it elsewhere than in memory. Raises ValueError on unequal shapes, masks with values other
+    than 0 and 1, or non-finite maps.
     """
     images = read_images(masks, maps)
-    normal: list[AnyArray] = []
+    # Most test images have a small defect or none: flat index lists are several times cheaper than masks
+    insides = [np.flatnonzero(mask) for mask, _ in images]
+    n_normal = sum(mask.size - len(inside) for (mask, _), inside in zip(images, insides, strict=True))
+    normal = empty((n_normal,), np.result_type(np.float32, *{scores.dtype for _, scores in images}))
     defect: list[AnyArray] = []
     regions: list[IndexArray] = []
-    n_regions = 0
-    for mask, scores in images:
-        # Most test images have a small defect or none: flat index lists are several times cheaper than masks
-        inside, flat = np.flatnonzero(mask), scores.ravel()
+    n_regions = end = 0
+    for (mask, scores), inside in zip(images, insides, strict=True):
+        flat = scores.ravel()
+        begin, end = end, end + len(flat) - len(inside)
         if not inside.size:
-            normal.append(flat)
+            normal[begin:end] = flat
             continue
         labels, count = label_regions(mask)
-        normal.append(np.delete(flat, inside))
+        normal[begin:end] = np.delete(flat, inside)
         defect.append(flat[inside])
         regions.append(labels.ravel()[inside] + (n_regions - 1))
         n_regions += count
@@ -137,10 +145,9 @@ def require_both_classes(pixels: RankedPixels) -> None:
 
 
 def _sorted_pixels(
-    normal: list[AnyArray], defect: list[AnyArray], regions: list[IndexArray], n_regions: int, n_images: int
+    normal: AnyArray, defect: list[AnyArray], regions: list[IndexArray], n_regions: int, n_images: int
 ) -> RankedPixels:
-    normal_scores = _concatenate(normal)
-    normal_scores.sort()
+    normal.sort()
     defect_scores = _concatenate(defect)
     order = np.argsort(defect_scores)
     overlap_above = np.zeros(len(order) + 1)
@@ -150,7 +157,7 @@ def _sorted_pixels(
         overlap_above[:-1] = np.cumsum(share[region[order[::-1]]])[::-1]
         # The shares of all pixels add up to the number of regions; dividing by the sum itself makes 1 exact
         overlap_above /= overlap_above[0]
-    return RankedPixels(normal_scores, defect_scores[order], overlap_above, n_regions, n_images)
+    return RankedPixels(normal, defect_scores[order], overlap_above, n_regions, n_images)
 
 
 def _concatenate(parts: list[AnyArray]) -> AnyArray:

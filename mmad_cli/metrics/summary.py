@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from mmad_cli.metrics.arrays import AnyArray, ImageStack, read_labels_and_scores
 from mmad_cli.metrics.pro import exact_curve, grid_curve, normalised_areas
 from mmad_cli.metrics.ranking import (
+    Empty,
     OperatingPoints,
     RankedPixels,
     missing_image_class,
@@ -63,15 +64,16 @@ def all_metrics(
     *,
     aupro_maps: ImageStack | None = None,
     validation_scores: ArrayLike | None = None,
+    empty: Empty = np.empty,
 ) -> MetricsResult:
     """Every metric of one category; what is undefined is None with a reason instead of an error.
 
     labels 0 or 1 (N,); image_scores real (N,); masks bool and maps float, (N, H, W) or N arrays (H, W) of any
     sizes. `aupro_maps` replaces `maps` for the AUPRO values, for methods that scale the two differently (CFM,
     arXiv 2312.04521, and those built on it). `validation_scores` (V,), of good images that are not tested, give the
-    threshold of `i_fpr_val` and `i_tpr_val`. An image whose mask vanished keeps its label. Raises ValueError
-    when counts or shapes differ, labels or masks hold other values than 0 and 1, or scores or maps are not
-    finite.
+    threshold of `i_fpr_val` and `i_tpr_val`. `empty` makes the array of all normal pixels, as numpy.empty does. An
+    image whose mask vanished keeps its label. Raises ValueError when counts or shapes differ, labels or masks hold
+    other values than 0 and 1, or scores or maps are not finite.
 
     >>> masks, maps = np.array([[[0, 0]], [[0, 1]]]), np.array([[[0.1, 0.2]], [[0.3, 0.9]]])
     >>> result = all_metrics([0, 1], [0.2, 0.9], masks, maps)
@@ -83,8 +85,8 @@ def all_metrics(
     flags, scores = read_labels_and_scores(labels, image_scores)
     if len(flags) != len(masks):
         raise ValueError(f"labels and masks must have one length, got {len(flags)} and {len(masks)}")
-    pixels = rank_pixels(masks, maps)
-    aupro_pixels = pixels if aupro_maps is None else rank_pixels(masks, aupro_maps)
+    pixels = rank_pixels(masks, maps, empty)
+    aupro_pixels = pixels if aupro_maps is None else rank_pixels(masks, aupro_maps, empty)
     values = {
         **_image_values(flags, scores),
         **_validation_values(flags, scores, validation_scores),

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from mmad_cli.memory.limit import bounded_empty, fits
 from mmad_cli.stages.clean import load_clean
 from mmad_cli.types import BoolArray, FloatArray, SampleRef
 
@@ -57,10 +58,12 @@ class Scoring:
         scores = np.array([prediction.image_score for prediction in scored])
         scaled = None
         if any(prediction.aupro_scale != 1.0 for prediction in scored):
-            scaled = [one * np.float32(p.aupro_scale) for one, p in zip(maps, scored, strict=True)]
+            scaled = [_held(one * np.float32(p.aupro_scale)) for one, p in zip(maps, scored, strict=True)]
         with_validation = run.reads_validation or run.scores_validation
         good = [prediction.image_score for prediction in validated] if with_validation else None
-        result = all_metrics(labels, scores, masks, maps, aupro_maps=scaled, validation_scores=good)
+        result = all_metrics(
+            labels, scores, masks, maps, aupro_maps=scaled, validation_scores=good, empty=bounded_empty
+        )
         return dict(result.values), dict(result.reasons)
 
     def _mask_and_map(self, ref: SampleRef, prediction: Prediction) -> tuple[BoolArray, FloatArray]:
@@ -68,5 +71,14 @@ class Scoring:
 
         clean = load_clean(self._plan.clean[ref.id], self._session.reporter.notice)
         if self._prepared.request.full_resolution:
-            return clean.mask, map_at_size(prediction.anomaly_map, clean.mask.shape)
+            return clean.mask, _held(map_at_size(prediction.anomaly_map, clean.mask.shape))
         return mask_in_view(clean, self._view, len(prediction.anomaly_map)), prediction.anomaly_map
+
+
+def _held(one: FloatArray) -> FloatArray:
+    """The same map where a memory limit wants it."""
+    if fits(one.nbytes):
+        return one
+    held = bounded_empty(one.shape, one.dtype)
+    held[...] = one
+    return held

@@ -18,6 +18,8 @@ from mmad_cli.errors import StoreError, UsageError
 from mmad_cli.memory import BankConfig, FlatIndex, MemoryBank
 from mmad_cli.memory import limit as limits
 from mmad_cli.memory.search import _TiledFaissSearcher
+from mmad_cli.metrics import all_metrics
+from mmad_cli.metrics.ranking import rank_pixels
 from mmad_cli.stages.session import Session
 from mmad_cli.store import Store
 
@@ -88,6 +90,17 @@ def test_tiles_shrink_and_no_room_is_a_clear_error(tmp_path: Path) -> None:
             limits.fits(1)
     finally:
         limits.set_memory_limit(None)
+
+
+def test_pixel_metrics_are_the_same_below_a_limit(limited: Path) -> None:
+    random = np.random.default_rng(0)
+    masks = np.zeros((20, 200, 200), bool)
+    masks[::2, 40:60, 30:70] = True
+    maps = random.random(masks.shape, dtype=np.float32) + 0.5 * masks
+    labels, scores = masks.any((1, 2)), maps.max((1, 2))
+    assert isinstance(rank_pixels(masks, maps, limits.bounded_empty).normal, np.memmap)
+    bounded = all_metrics(labels, scores, masks, maps, empty=limits.bounded_empty)
+    assert bounded.values == all_metrics(labels, scores, masks, maps).values
 
 
 def test_a_full_disk_is_said(limited: Path, monkeypatch: pytest.MonkeyPatch) -> None:
