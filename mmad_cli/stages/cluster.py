@@ -79,13 +79,13 @@ async def _pass_on(task: Any, future: Future[Any]) -> None:
 class Cluster:
     """A connection to the scheduler of a Dask cluster. Raises UsageError naming --dask when there is none.
 
-    tell: takes a line about workers that leave while they have tasks.
+    tell: takes a line about workers that are waited for, or that leave while they have tasks.
     """
 
     def __init__(self, address: str, tell: Callable[[str], None] = lambda _: None) -> None:
         self.address = address
         self._tell = tell
-        self._client: Any = _connect(address)
+        self._client: Any = _connect(address, tell)
         # a reconnecting client complains on standard error; what matters is told
         self._log_level = _set_level(logging.CRITICAL)
         self._present: set[str] = set(self._client.scheduler_info(n_workers=-1)["workers"])
@@ -154,7 +154,7 @@ def _set_level(level: int) -> int:
     return before
 
 
-def _connect(address: str) -> Any:
+def _connect(address: str, tell: Callable[[str], None]) -> Any:
     try:
         import distributed
     except ImportError as error:
@@ -167,6 +167,8 @@ def _connect(address: str) -> Any:
             f"--dask {address}: no scheduler answers there ({error or type(error).__name__}); "
             "start one with `dask scheduler` and give its address, such as tcp://host:8786"
         ) from error
+    if not client.scheduler_info(n_workers=-1)["workers"]:
+        tell(f"the cluster has no workers yet; waiting for them for up to {_WORKERS_SECONDS} s")
     try:
         client.wait_for_workers(1, timeout=_WORKERS_SECONDS)
     except TimeoutError as error:
