@@ -67,8 +67,8 @@ def nearest_centres(
     if len(middle) < NEIGHBOURS:
         raise ValueError(f"centres: should be at least {NEIGHBOURS}, got {len(middle)}")
     if form == "direct":
-        indices = _nearest_direct(cloud, middle, workers, device)
-        return indices, inverse_distance_weights(_direct(cloud, middle, indices))
+        indices, exact = _nearest_direct(cloud, middle, workers, device)
+        return indices, inverse_distance_weights(exact)
     if device == "cpu":
         indices, squared, tied = _expanded_by_tree(cloud, middle, workers)
     else:
@@ -130,24 +130,25 @@ def _tree_search(cloud: FloatArray, centres: FloatArray, count: int, workers: in
     return np.asarray(cKDTree(centres).query(cloud, k=count, workers=workers)[1], dtype=np.int64)
 
 
-def _nearest_direct(cloud: FloatArray, centres: FloatArray, workers: int, device: str) -> IndexArray:
-    """Indices (P, 3) by distance in float64, then by index."""
+def _nearest_direct(
+    cloud: FloatArray, centres: FloatArray, workers: int, device: str
+) -> tuple[IndexArray, NDArray[np.float64]]:
+    """Indices (P, 3) by distance in float64, then by index, and the squared distances."""
     count = min(NEIGHBOURS + 1, len(centres))
     if device == "cpu":
         candidates = _tree_search(cloud, centres, count, workers)
     else:
         candidates = _smallest_on_device(_direct_matrix, cloud, centres, count, device)[0]
     squared = _direct(cloud, centres, candidates)
-    order = np.lexsort((candidates, squared), axis=1)
-    candidates, squared = np.take_along_axis(candidates, order, axis=1), np.take_along_axis(squared, order, axis=1)
-    # what is left out may be as near as the third; the search adds up in another order, so nearly equal ones count too
-    indices = candidates[:, :NEIGHBOURS]
-    tied = (squared[:, NEIGHBOURS:] <= squared[:, NEIGHBOURS - 1 : NEIGHBOURS] * (1 + _SAME)).any(axis=1)
+    indices, nearest = np.ascontiguousarray(candidates[:, :NEIGHBOURS]), squared[:, :NEIGHBOURS]
+    # where two are as near, one left out may be too; the search adds up in another order, so nearly equal ones count
+    close = np.flatnonzero((squared[:, 1:] <= squared[:, :-1] * (1 + _SAME)).any(axis=1))
     every = np.arange(len(centres))[None]
-    for rows in _pieces(np.flatnonzero(tied)):
+    for rows in _pieces(close):
         distances = _direct(cloud[rows], centres, every)
         indices[rows] = np.argsort(distances, axis=1, kind="stable")[:, :NEIGHBOURS]
-    return indices
+        nearest[rows] = np.take_along_axis(distances, indices[rows], axis=1)
+    return indices, nearest
 
 
 def _expanded_by_tree(cloud: FloatArray, centres: FloatArray, workers: int) -> tuple[IndexArray, FloatArray, BoolArray]:
