@@ -7,6 +7,8 @@ configuration: results are the same with and without. It counts memory that the 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
 import os
 import tempfile
@@ -20,9 +22,9 @@ from mmad_cli.errors import StoreError, UsageError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 # an array that takes more than this share of what is left goes to a file, and one that would leave less than the
-# reserve: many arrays in a row must not use up what temporary ones need
+# reserve: many arrays in a row must not use up what temporary ones and libraries that are loaded later need
 _SHARE = 0.5
-_RESERVE = 128 << 20
+_RESERVE = 256 << 20
 _SMALL = 1 << 20
 _LEAST = 32 << 20
 # what a worker process takes at most for a scan of 800 x 800 pixels, libraries included (measured: 190 MB)
@@ -56,13 +58,26 @@ def memory_left() -> int | None:
     """Bytes below the limit, None without one. Raises UsageError naming --memory-limit when there is no room at all."""
     if _limit is None:
         return None
-    taken = anonymous_memory() + sum(_anonymous(child.pid) or 0 for child in multiprocessing.active_children())
+    taken = _taken()
+    if _limit - taken < 2 * _LEAST:
+        _return_free_memory()
+        taken = _taken()
     if _limit - taken < _LEAST:
         raise UsageError(
             f"--memory-limit: {_limit / 1e6:.0f} MB, and this process holds {taken / 1e6:.0f} MB already (networks, "
             f"libraries, features of a sample, workers); give at least {(taken + _RESERVE) / 1e6:.0f} MB"
         )
     return _limit - taken
+
+
+def _taken() -> int:
+    return anonymous_memory() + sum(_anonymous(child.pid) or 0 for child in multiprocessing.active_children())
+
+
+def _return_free_memory() -> None:
+    """Let the C library return what is free in its heaps: those of threads keep it otherwise (glibc only)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def workers_that_fit(count: int, limit: int | None) -> int:
