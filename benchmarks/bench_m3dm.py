@@ -207,7 +207,7 @@ def _bank_bytes(samples: int, fraction: float) -> int:
 def run(quick: bool = False) -> list[Row]:
     """Both; quick takes fewer samples."""
     turns = turns_of(quick)
-    memory = memory_row(12, 0.02, turns) if quick else memory_row(TRAINING_SAMPLES, 0.005, turns)
+    memory = memory_row(12, 0.02, turns) if quick else memory_row(TRAINING_SAMPLES, 0.002, turns)
     return [bank_row(10, 10 if quick else 40, turns), memory]
 
 
