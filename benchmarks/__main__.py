@@ -19,13 +19,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import description
+from benchmarks.machine import Others, description
 from benchmarks.turns import HEADING, Row, line
 
 PREFIX = "bench_"
 ROOT = Path(__file__).parents[1]
 # both forms use one core
 ONE_CORE = {"metrics", "preprocessing"}
+# share of the cores that others may take
+BUSY = 0.05
+
+Cost = dict[str, float]
 
 
 def names() -> list[str]:
@@ -53,20 +57,22 @@ def run_here(name: str, quick: bool) -> None:
     print(json.dumps(rows))
 
 
-def run_all(chosen: list[str], quick: bool) -> tuple[list[Row], dict[str, float], list[str]]:
-    """Rows, seconds of each benchmark, and the benchmarks that failed."""
+def run_all(chosen: list[str], quick: bool) -> tuple[list[Row], dict[str, Cost], list[str]]:
+    """Rows, what each benchmark took, and the benchmarks that failed."""
     rows: list[Row] = []
-    taken: dict[str, float] = {}
+    taken: dict[str, Cost] = {}
     failed: list[str] = []
     print(HEADING)
     for name in chosen:
-        begin = time.perf_counter()
+        begin, others = time.perf_counter(), Others()
         try:
             rows += rows_of(name, quick)
         except RuntimeError as error:
             print(f"error: {error}", file=sys.stderr)
             failed.append(name)
-        taken[name] = time.perf_counter() - begin
+        taken[name] = {"seconds": time.perf_counter() - begin, "others": others.share()}
+        if taken[name]["others"] > BUSY:
+            print(f"    {name}: other processes took {taken[name]['others']:.0%} of the cores; not a quiet machine")
     return rows, taken, failed
 
 
@@ -90,7 +96,7 @@ def main() -> int:
     print(f"{len(rows)} rows in {seconds:.0f} s; {outcome}" + (f"; failed: {failed}" if failed else ""))
     if arguments.json:
         record: dict[str, Any] = {"machine": description(), "quick": arguments.quick, "seconds": seconds}
-        record |= {"seconds_of_benchmarks": taken, "failed": failed, "rows": rows}
+        record |= {"benchmarks": taken, "failed": failed, "rows": rows}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     return 2 if failed else 1 if missed else 0
 

@@ -43,15 +43,11 @@ class GeneratedScan:
 
 
 class GeneratedScans:
-    """A feature set of generated scans, made and written to a folder at the start."""
+    """A feature set of generated scans in a folder."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder = folder
         self.count = count
-        for number in range(count):
-            random = np.random.default_rng(number)
-            for name, rows in (("points", 1024), ("rgb", 784)):
-                np.save(folder / f"{number}-{name}.npy", _mixture(random, rows, CHANNELS[name]))
 
     def __len__(self) -> int:
         return self.count
@@ -61,6 +57,13 @@ class GeneratedScans:
 
     def __iter__(self) -> Iterator[GeneratedScan]:
         return (self[index] for index in range(self.count))
+
+
+def write_scans(folder: Path, count: int) -> None:
+    for number in range(count):
+        random = np.random.default_rng(number)
+        for name, rows in (("points", 1024), ("rgb", 784)):
+            np.save(folder / f"{number}-{name}.npy", _mixture(random, rows, CHANNELS[name]))
 
 
 @cache
@@ -122,6 +125,7 @@ def bank_row(samples: int, part: int, turns: int) -> Row:
     from mmad_cli.methods.m3dm.patches import point_patches
 
     with tempfile.TemporaryDirectory() as name:
+        write_scans(Path(name), samples)
         parts = [point_patches(sample) for sample in GeneratedScans(Path(name), samples)]
     rows = np.concatenate(parts)
 
@@ -148,29 +152,35 @@ class FitCost(NamedTuple):
     predict: float
 
 
-def fit_cost(samples: int, fraction: float, threads: int | None = None) -> FitCost:
-    """Measured in a process of its own, see `_fit_cost`. Raises CalledProcessError where it fails."""
-    command = [sys.executable, "-m", "benchmarks.bench_m3dm", str(samples), str(fraction)]
-    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    fit, memory, predict = done.stdout.split()
-    return FitCost(float(fit), int(memory), float(predict))
+def fit_costs(samples: int, fraction: float, turns: int, at_once: bool = False) -> list[FitCost]:
+    """Measured in a process per turn, in turn or at the same time on one thread each.
+
+    Raises CalledProcessError where one fails.
+    """
+    environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if at_once else {})}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(turns if at_once else 1) as pool:
+        write_scans(Path(folder), samples)
+        command = [sys.executable, "-m", "benchmarks.bench_m3dm", folder, str(samples), str(fraction)]
+
+        def cost(_: int) -> FitCost:
+            done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+            fit, memory, predict = done.stdout.split()
+            return FitCost(float(fit), int(memory), float(predict))
+
+        return list(pool.map(cost, range(turns)))
 
 
-def _fit_cost(samples: int, fraction: float) -> FitCost:
+def _fit_cost(folder: Path, samples: int, fraction: float) -> FitCost:
     warnings.simplefilter("ignore")
     # few epochs: how long the one-class machine takes depends on them, its memory does not
     method = _method(coreset_fraction=fraction, ocsvm_maxiter=2)
-    with tempfile.TemporaryDirectory() as name:
-        train = GeneratedScans(Path(name), samples)
-        none = GeneratedScans(Path(name), 0)
-        # libraries are loaded before the count begins
-        _method(coreset_fraction=0.001, ocsvm_maxiter=2).fit([train[0]], none, seed=0)
-        memory = PeakMemory()
-        seconds, _ = timed(lambda: method.fit(train, none, seed=0))
-        taken = memory.taken()
-        scored = [timed(lambda: method.predict(train[0]))[0] for _ in range(3)]
-    return FitCost(seconds, taken, min(scored))
+    train, none = GeneratedScans(folder, samples), GeneratedScans(folder, 0)
+    # libraries are loaded before the count begins
+    _method(coreset_fraction=0.001, ocsvm_maxiter=2).fit([train[0]], none, seed=0)
+    memory = PeakMemory()
+    seconds, _ = timed(lambda: method.fit(train, none, seed=0))
+    taken = memory.taken()
+    return FitCost(seconds, taken, min(timed(lambda: method.predict(train[0]))[0] for _ in range(3)))
 
 
 def memory_row(samples: int, fraction: float, turns: int) -> Row:
@@ -180,8 +190,7 @@ def memory_row(samples: int, fraction: float, turns: int) -> Row:
     known and added.
     """
     added = _bank_bytes(samples, 0.1) - _bank_bytes(samples, fraction)
-    with ThreadPoolExecutor() as pool:
-        costs = list(pool.map(lambda _: fit_cost(samples, fraction, threads=1), range(turns)))
+    costs = fit_costs(samples, fraction, turns, at_once=True)
     largest = max(cost.memory for cost in costs)
     return row(
         f"peak memory of an M3DM fit, {samples} samples, three banks",
@@ -212,5 +221,5 @@ def run(quick: bool = False) -> list[Row]:
 
 
 if __name__ == "__main__":
-    # the process of its own that `memory_row` starts
-    print(*_fit_cost(int(sys.argv[1]), float(sys.argv[2])))
+    # the process of its own that `fit_costs` starts
+    print(*_fit_cost(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])))

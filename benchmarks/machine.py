@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +53,31 @@ def _version(name: str) -> str:
 
 def _faiss() -> str:
     return next((f"{name} {found}" for name in ("faiss-gpu", "faiss-cpu") if (found := _version(name)) != "absent"), "")
+
+
+class Others:
+    """Share of the cores that other processes take while this process and those that it starts run, 0 to 1."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.busy, self.own = _busy_seconds(), _own_seconds()
+
+    def share(self) -> float:
+        """Since the beginning; processes that were started must have ended."""
+        others = (_busy_seconds() - self.busy) - (_own_seconds() - self.own)
+        return max(0.0, others / ((time.perf_counter() - self.began) * (os.cpu_count() or 1)))
+
+
+def _busy_seconds() -> float:
+    """CPU time of the whole machine but for waiting; 0 where the system does not tell."""
+    if not Path("/proc/stat").is_file():
+        return 0.0
+    user, nice, system, _, _, interrupts, soft, stolen = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    return sum(os.times()[:4])
 
 
 class Peaks(NamedTuple):

@@ -21,10 +21,10 @@ from pathlib import Path
 
 from benchmarks.bench_command import MMAD
 from benchmarks.bench_limits import operations_of
-from benchmarks.bench_m3dm import FitCost, fit_cost
+from benchmarks.bench_m3dm import FitCost, fit_costs
 from benchmarks.bench_memory import low_rank_rows
 from benchmarks.curves import Curve, plot
-from benchmarks.machine import description, peaks
+from benchmarks.machine import Others, description, peaks
 from benchmarks.turns import timed, turns_of
 from mmad_cli.memory import FlatIndex, greedy_coreset
 from mmad_cli.threads import available_cores
@@ -109,7 +109,7 @@ def search_sizes(quick: bool) -> list[Curve]:
 def samples(quick: bool) -> list[Curve]:
     """M3DM with three banks of a tenth of the rows, fitted to generated features of so many training samples."""
     sizes = (2, 4) if quick else (4, 8, 16, 32)
-    costs = [[fit_cost(count, 0.1) for _ in range(turns_of(quick))] for count in sizes]
+    costs = [fit_costs(count, 0.1, turns_of(quick)) for count in sizes]
     fit = Curve(
         "fit samples", "samples", "M3DM: fit of three banks", "training samples", "seconds",
         "between n (reading, projecting) and n x n (scores of n samples in banks that grow with n)", 0.8, 2.0,
@@ -201,7 +201,7 @@ def main() -> int:
     parser.add_argument("--read", type=Path, help="take the curves of this file instead of measuring")
     parser.add_argument("--plot", type=Path, help="write one SVG per figure into this folder")
     arguments = parser.parse_args()
-    begin = time.perf_counter()
+    begin, others = time.perf_counter(), Others()
     curves: list[Curve] = []
     if arguments.read:
         curves = [Curve.of(record) for record in json.loads(arguments.read.read_text())["curves"]]
@@ -210,7 +210,8 @@ def main() -> int:
         print("\n".join(line for curve in made for line in curve.lines(judged=not arguments.quick)), flush=True)
         curves += made
     if arguments.json:
-        record = {"machine": description(), "quick": arguments.quick, "curves": [curve.record() for curve in curves]}
+        record = {"machine": description(), "quick": arguments.quick, "others": others.share()}
+        record["curves"] = [curve.record() for curve in curves]
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     if arguments.plot:
         for path in plot(curves, arguments.plot):

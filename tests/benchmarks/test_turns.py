@@ -64,6 +64,8 @@ def test_a_run_writes_machine_and_rows(tmp_path: Path):
     assert done.returncode in (0, 1), done.stderr
     record = json.loads((tmp_path / "bench.json").read_text())
     assert record["failed"] == []
+    assert record["benchmarks"].keys() == {"store", "metrics"}
+    assert all(0 <= cost["others"] <= 1 and cost["seconds"] > 0 for cost in record["benchmarks"].values())
     assert record["machine"]["cores"] >= 1
     assert {"torch", "numpy", "faiss", "open3d"} <= record["machine"]["libraries"].keys()
     assert {item["benchmark"] for item in record["rows"]} == {"store", "metrics"}
