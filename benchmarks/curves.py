@@ -119,7 +119,7 @@ def plot(curves: Sequence[Curve], folder: Path) -> list[Path]:
 
 
 def _panel(axis: Any, curve: Curve) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     middle = curve.medians
     below = [m - min(values) for m, values in zip(middle, curve.values, strict=True)]
@@ -136,12 +136,14 @@ def _panel(axis: Any, curve: Curve) -> None:
         ticks.set_major_formatter(plain)
         ticks.set_minor_formatter(NullFormatter())
     axis.minorticks_off()
+    low, high = axis.get_ylim()
+    decades = np.log10(high / low)
+    axis.yaxis.set_major_locator(LogLocator(subs=range(1, 10) if decades < 0.7 else (1, 2, 5) if decades < 2 else (1,)))
     axis.set_title(curve.title)
     axis.set_xlabel(curve.size)
     axis.set_ylabel(curve.unit)
     axis.grid(color="#e4e4e4", lw=0.7)
     axis.set_axisbelow(True)
-    low, high = axis.get_ylim()
     # room for the legend
     axis.set_ylim(low, high * (high / low) ** (0.12 * (1 + len(curve.beside))))
     handles, labels = axis.get_legend_handles_labels()
