@@ -33,6 +33,8 @@ _DEVICE_ELEMENTS = 1 << 26
 _CACHED_ELEMENTS = 1 << 18
 # Rounding in the products may swap close neighbours; these many more are looked at again by differences.
 _EXTRA = 4
+# of numbers in the queries from which on FAISS takes matrix products
+_FEW_NUMBERS = 1024
 _CORE_TYPE = "OPENBLAS_CORETYPE"
 
 
@@ -200,16 +202,25 @@ def import_faiss() -> Any:
 
     The wheels bring an OpenBLAS that takes processors newer than itself for very old ones and is then five times
     slower; naming the kind while the library loads avoids that. A value that the user has set is left alone.
+
+    Newer versions also take matrix products only from 128 000 numbers in the queries on, which is several times too
+    late for banks of any size; a few queries are enough.
     """
     kind = _processor_kind()
-    if "faiss" in sys.modules or kind is None or _CORE_TYPE in os.environ:
-        return importlib.import_module("faiss")
-    os.environ[_CORE_TYPE] = kind
+    if "faiss" in sys.modules:
+        return sys.modules["faiss"]
+    named = kind is not None and _CORE_TYPE not in os.environ
+    if kind is not None and named:
+        os.environ[_CORE_TYPE] = kind
     try:
-        return importlib.import_module("faiss")
+        faiss = importlib.import_module("faiss")
     finally:
-        # numpy and scipy have newer copies that know better
-        del os.environ[_CORE_TYPE]
+        if named:
+            # numpy and scipy have newer copies that know better
+            del os.environ[_CORE_TYPE]
+    # older versions count queries here, not numbers, and begin at 20
+    faiss.cvar.distance_compute_blas_threshold = min(faiss.cvar.distance_compute_blas_threshold, _FEW_NUMBERS)
+    return faiss
 
 
 def _processor_kind() -> str | None:

@@ -11,7 +11,7 @@ from mmad_cli.stages.clean import CleanJob, recomputed
 from mmad_cli.stages.features import STAGE as EXTRACT
 from mmad_cli.stages.features import FeatureJob, runs_in_pool
 from mmad_cli.stages.session import Session
-from mmad_cli.stages.tasks import clean_task, extract_here, extract_task, extract_tasks, run_all
+from mmad_cli.stages.tasks import clean_task, extract_here, extract_task, extract_tasks, pays_beside, run_all
 from mmad_cli.stages.timing import Stopwatch, extract_name, preprocess_name, raw_megabytes
 from mmad_cli.store import Artefact, CorruptArtefactError, make_key
 
@@ -70,7 +70,7 @@ def extract_category(session: Session, category: str, features: Mapping[str, Map
             executor=session.pool(len(tasks)) if in_pool else None,
             reporter=session.reporter,
             watch=watch,
-            here=None if in_pool else extract_here,
+            here=extract_here if not in_pool and pays_beside(session) else None,
         )
         if not failed and session.cluster is None:
             watch.record(session, extract_name(spec, session.resolve_device(), workers))

@@ -129,6 +129,11 @@ def extract_here(tasks: Sequence[ExtractTask]) -> Iterator[tuple[int, Outcome]]:
             yield position, Outcome(notices, samples=len(task.jobs))
 
 
+def pays_beside(session: Session) -> bool:
+    """Whether reading and storing beside the computing gains time: not where networks and files share the cores."""
+    return session.resolve_device() != "cpu" or "://" in session.store.address
+
+
 def extract_tasks(session: Session, jobs: Sequence[FeatureJob]) -> list[ExtractTask]:
     """The jobs, all of one feature, in batches."""
     if session.cluster is not None:

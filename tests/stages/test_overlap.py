@@ -20,8 +20,8 @@ from mmad_cli.stages.features import FeatureJob, StoredFeatures, StoredSample, l
 from mmad_cli.stages.overlap import Behind, read_ahead
 from mmad_cli.stages.plan import Selection, clean_jobs, feature_jobs, select_samples
 from mmad_cli.stages.session import Session
-from mmad_cli.stages.tasks import ExtractTask, extract_here
-from mmad_cli.store import Store
+from mmad_cli.stages.tasks import ExtractTask, extract_here, pays_beside
+from mmad_cli.store import Store, open_store
 from mmad_cli.types import Sample
 
 
@@ -153,6 +153,15 @@ def test_batches_are_read_and_stored_beside_the_computing(
     for job in jobs:
         clean = features.load_clean(job.clean, print)
         np.testing.assert_array_equal(load_feature(job, "cpu", print)["z"], clean.xyz[:4, :4, 2])
+
+
+def test_where_networks_share_the_cores_with_it_nothing_runs_beside(tmp_path: Path) -> None:
+    with Session(store=Store(tmp_path), device="cpu") as session:
+        assert not pays_beside(session)
+        session._resolved_device = ("cuda", "asked for")
+        assert pays_beside(session)
+    with Session(store=open_store("memory://beside"), device="cpu") as session:
+        assert pays_beside(session)
 
 
 def test_only_the_sample_that_fails_is_lost(jobs: list[FeatureJob], monkeypatch: pytest.MonkeyPatch) -> None:
