@@ -31,7 +31,7 @@ lint: $(STAMP)  ## style, types, direction of imports
 gate: $(STAMP)  ## our own numbers on a small synthetic dataset against ci/btf-fpfh.json
 	bash ci/gate.sh
 
-bench: $(STAMP)  ## our speed against the published form, measured in one run (10 minutes on 2 quiet cores); bench.json
+bench: $(STAMP)  ## our speed against the published form, measured in one run (9 minutes on 2 quiet cores); bench.json
 	$(BIN)/python -m benchmarks --json bench.json
 
 bench-scaling: $(STAMP)  ## how cost grows with rows, dimensions, samples, workers; plots in docs/assets

@@ -6,6 +6,7 @@ and leave their results in the store, so a second run of one finds what the firs
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Mapping
@@ -142,6 +143,9 @@ class Cluster:
 
     def close(self) -> None:
         """Leave the cluster; what has not started is dropped."""
+        with contextlib.suppress(Exception):
+            # else the scheduler complains that it cannot tell this client of its own leaving; it may be gone already
+            self._client.unsubscribe_topic("all")
         self._client.close()
         _set_level(self._log_level)
 
