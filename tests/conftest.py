@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,11 @@ import tifffile
 from PIL import Image
 
 SIDE = 100
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a job in the background of a script ignores Ctrl-C and would hand that on to the commands that tests interrupt
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Scan = tuple[np.ndarray, np.ndarray, np.ndarray]
 
