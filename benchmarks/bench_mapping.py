@@ -8,6 +8,7 @@ smooths with convolutions; ours computes valid pixels only and applies first lay
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -208,8 +209,8 @@ def turn(
         features = measured(lambda: published_features(inputs))
     for name, method in methods.items():
         with torch.inference_mode():
-            theirs = measured(lambda: PUBLISHED[name](method.learner_, *features.result))  # noqa: B023
-        yield name, Run(features, theirs, measured(lambda: method.predict(sample)))  # noqa: B023
+            theirs = measured(partial(PUBLISHED[name], method.learner_, *features.result))
+        yield name, Run(features, theirs, measured(partial(method.predict, sample)))
 
 
 def compare(name: str, points: int, runs: list[Run], bar: Bar) -> Row:

@@ -155,7 +155,7 @@ def images(device: str, sizes: Sizes) -> Iterator[Row]:
         some = torch.rand(batch, 3, sizes.network_size, sizes.network_size, device=device, dtype=dtype)
         with torch.inference_mode():
             ready(some)
-            seconds, _ = timed_on(device)(lambda: [ready(some) for _ in range(repeats)])  # noqa: B023
+            seconds, _ = timed_on(device)(lambda ready=ready, some=some: [ready(some) for _ in range(repeats)])
         yield {
             "kind": "network",
             "name": f"{name} alone, {dtype}, batch {batch}",

@@ -117,13 +117,14 @@ class PointBackbone:
 
     def _forward(self, groups: torch.Tensor, centres: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:
         settings = self._settings
-        return self._network(  # type: ignore[no-any-return]
+        tokens = self._network(
             groups,
             centres,
             batch_statistics=settings.point_bn == "batch",
             keep=None if settings.point_droppath == "off" else [self._keep(sample) for sample in samples],
             blocks=settings.blocks,
         )
+        return cast("torch.Tensor", tokens)
 
     def _keep(self, sample: Sample) -> list[bool]:
         """Stochastic depth of this sample: the same whatever was computed before it."""

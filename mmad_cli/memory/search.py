@@ -126,10 +126,10 @@ class FlatIndex:
 
     def _rows_on(self, device: str) -> Tensor | None:
         """The rows on a GPU, beside those of the search, where there is room for them; None on the CPU."""
-        import torch
-
         if device == "cpu" or self.device == "cpu":
             return None
+        import torch
+
         if self._device_rows is None:
             free = free_memory(device)
             if free is not None and self.rows.nbytes > _ROWS_SHARE * free:

@@ -113,8 +113,11 @@ class Batch:
             missing = [job for job in self._missing() if job.key in self._samples]
             if missing:
                 backbone = _backbone(missing[0].spec.plain, device)
-                features = backbone.extract([self._samples[job.key] for job in missing])
-                self._features = {job.key: arrays for job, arrays in zip(missing, features, strict=True)}
+                samples = [self._samples[job.key] for job in missing]
+                for job, sample, arrays in zip(missing, samples, backbone.extract(samples), strict=True):
+                    self._features[job.key] = {**arrays, **_pseudo_mask(job, sample)}
+            # scans take far more memory than what waits to be stored
+            self._samples.clear()
             self._locks = locks.pop_all()
 
     def write(self) -> None:
@@ -123,8 +126,7 @@ class Batch:
             for job in self._jobs:
                 arrays = self._features.pop(job.key, None)
                 if arrays is not None:
-                    mask = _pseudo_mask(job, self._samples[job.key])
-                    self._store.write_tensors(job.artefact, {**arrays, **mask}, {"sample": job.clean.ref.id})
+                    self._store.write_tensors(job.artefact, arrays, {"sample": job.clean.ref.id})
 
     def release(self) -> None:
         """Give the locks up without storing anything."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mmad_cli.backbones.point_backbone import PointBackbone
 
@@ -22,4 +22,4 @@ class BuiltinPointBackbone(PointBackbone):
         return PointNetwork()
 
     def _forward(self, groups: torch.Tensor, centres: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:
-        return self._network(groups, centres)  # type: ignore[no-any-return]
+        return cast("torch.Tensor", self._network(groups, centres))
