@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a job in the background of a script ignores Ctrl-C and would hand that on to the commands that tests interrupt
     with contextlib.suppress(ValueError):
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_report_header() -> str:
+    """Free space at the start: a full disk shows as thousands of errors that name no cause in a shortened log."""
+    folder = tempfile.gettempdir()
+    return f"temporary files: {folder}, {shutil.disk_usage(folder).free / 1e9:.1f} GB free (2 GB are enough)"
+
 
 Scan = tuple[np.ndarray, np.ndarray, np.ndarray]
 
