@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from mmad_cli.backbones.base import Features, float32
 from mmad_cli.errors import DataError
+from mmad_cli.open3d_import import import_open3d
 
 if TYPE_CHECKING:
     from mmad_cli.backbones.specs import FeatureSpec, FpfhParams
@@ -26,7 +27,7 @@ def point_normals(points: NDArray[Any], radius: float = 0.1, neighbours: int = 3
     points: (n, 3) in metres, n >= 3. The neighbourhood is the `neighbours` nearest points within `radius` metres,
     the point itself among them (Open3D's hybrid search). Returns (n, 3) float64. Raises ValueError for a wrong shape.
     """
-    open3d = _open3d()
+    open3d = import_open3d()
     cloud = open3d.geometry.PointCloud(open3d.utility.Vector3dVector(_as_points(points)))
     cloud.estimate_normals(open3d.geometry.KDTreeSearchParamHybrid(radius=radius, max_nn=neighbours))
     return np.asarray(cloud.normals).copy()
@@ -51,7 +52,7 @@ def point_histograms(
 
 
 def _histograms_hybrid(points: Float64, normals: Float64, radius: float, neighbours: int) -> Float64:
-    open3d = _open3d()
+    open3d = import_open3d()
     cloud = open3d.geometry.PointCloud(open3d.utility.Vector3dVector(points))
     cloud.normals = open3d.utility.Vector3dVector(normals)
     search = open3d.geometry.KDTreeSearchParamHybrid(radius=radius, max_nn=neighbours)
@@ -60,18 +61,11 @@ def _histograms_hybrid(points: Float64, normals: Float64, radius: float, neighbo
 
 
 def _histograms_nearest(points: Float64, normals: Float64, neighbours: int) -> Float64:
-    open3d = _open3d()
+    open3d = import_open3d()
     cloud = open3d.t.geometry.PointCloud(open3d.core.Tensor(points))
     cloud.point.normals = open3d.core.Tensor(normals)
     feature = open3d.t.pipelines.registration.compute_fpfh_feature(cloud, max_nn=neighbours)
     return np.asarray(feature.numpy()).copy()
-
-
-def _open3d() -> Any:
-    """Open3D, imported when needed: it takes seconds, and its type stubs lag behind its code."""
-    import open3d
-
-    return open3d
 
 
 def _as_points(array: NDArray[Any], name: str = "points") -> Float64:

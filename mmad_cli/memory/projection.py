@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmad_cli.devices import shared_tensor
-from mmad_cli.types import FloatArray
+from mmad_cli.types import FloatArray, IndexArray
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -23,13 +23,11 @@ def projected_dimension(n_rows: int, n_channels: int, eps: float = 0.9) -> int |
     None when that dimension is above the number of channels, or 0 (a single row): scikit-learn refuses both, and the
     published codes then select among the unprojected rows. Raises ValueError for sizes below 1 and eps outside (0, 1).
     """
-    from sklearn.random_projection import johnson_lindenstrauss_min_dim
-
     if n_rows < 1 or n_channels < 1:
         raise ValueError(f"n_rows, n_channels: must be at least 1, got {n_rows}, {n_channels}")
     if not 0 < eps < 1:
         raise ValueError(f"eps: must be in (0, 1), got {eps}")
-    dimension = int(johnson_lindenstrauss_min_dim(n_rows, eps=eps))
+    dimension = int(4 * math.log(n_rows) / (eps**2 / 2 - eps**3 / 3))
     return dimension if 0 < dimension <= n_channels else None
 
 
@@ -39,26 +37,44 @@ def sparse_projection(
     """Sparse random projection (d, C) for a bank of n_rows x n_channels, or None where it stays unprojected.
 
     Equal to `sklearn.random_projection.SparseRandomProjection(eps=eps, random_state=random_state)` fitted on such a
-    bank, without the bank: density 1 / sqrt(C), entries +-C^0.25 / sqrt(d). Pass one `RandomState` for several banks
-    to draw them from one stream; None uses NumPy's global one. Nothing is drawn when the result is None.
+    bank, without the bank and without scikit-learn, whose import takes a second: density 1 / sqrt(C), entries
+    +-C^0.25 / sqrt(d). Pass one `RandomState` for several banks to draw them from one stream; None uses NumPy's
+    global one. Nothing is drawn when the result is None.
 
     Raises ValueError as `projected_dimension`.
 
     Source: Li, Hastie & Church, Very sparse random projections, KDD 2006; Achlioptas 2003.
     """
-    from sklearn.exceptions import DataDimensionalityWarning
-    from sklearn.random_projection import SparseRandomProjection
+    from scipy.sparse import csr_matrix
 
     dimension = projected_dimension(n_rows, n_channels, eps)
     if dimension is None:
         return None
-    projection = SparseRandomProjection(n_components=dimension, random_state=random_state)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DataDimensionalityWarning)
-        # Only the width of the data enters the matrix.
-        matrix: csr_matrix = projection.fit(np.zeros((1, n_channels))).components_.tocsr()
+    # NumPy's global functions draw from its global stream
+    stream: Any = np.random if random_state is None else random_state
+    if not (random_state is None or isinstance(random_state, np.random.RandomState)):
+        stream = np.random.RandomState(random_state)
+    density = 1 / math.sqrt(n_channels)
+    columns = [_some_of(n_channels, int(stream.binomial(n_channels, density)), stream) for _ in range(dimension)]
+    ends = np.cumsum([0, *map(len, columns)])
+    signs = stream.binomial(1, 0.5, size=int(ends[-1])) * 2 - 1
+    values = math.sqrt(1 / density) / math.sqrt(dimension) * signs
+    matrix = csr_matrix((values, np.concatenate(columns), ends), shape=(dimension, n_channels))
     matrix.sort_indices()
     return matrix
+
+
+def _some_of(total: int, count: int, stream: Any) -> IndexArray:
+    """`count` different numbers below `total`, int64 (count,), from the draws that scikit-learn makes for them.
+
+    It permutes all of them unless they are few (or nearly all, which at these densities does not happen).
+    """
+    if count > 0.01 * total:
+        return np.asarray(stream.permutation(total)[:count], dtype=np.int64)
+    drawn: dict[int, None] = {}
+    while len(drawn) < count:
+        drawn[int(stream.randint(total))] = None
+    return np.array(list(drawn), dtype=np.int64)
 
 
 def dense_projection(n_channels: int, dimension: int = 128, seed: int = 0) -> FloatArray:

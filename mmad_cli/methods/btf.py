@@ -287,7 +287,7 @@ DEFINITION = MethodDefinition(
         },
     },
     source="arXiv 2203.05550",
-    libraries=("numpy", "scipy", "scikit-learn", "torch", "faiss", "pillow", "scikit-image", "kornia"),
+    libraries=("numpy", "scipy", "torch", "faiss", "pillow", "scikit-image", "kornia"),
     notes=(
         "The published runner lets seven methods draw from one random stream in turn; here each has its own, "
         "so coresets of projected variants other than rgb differ from the published ones.",

@@ -13,6 +13,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from mmad_cli.open3d_import import import_open3d
 from mmad_cli.types import BoolArray, FloatArray, IndexArray
 
 NOISE = -1
@@ -35,8 +36,7 @@ def largest_cluster(points: FloatArray, eps: float = 0.006, min_points: int = 30
     """As `largest_component` with the labels of Open3D's DBSCAN, as the published scripts compute them."""
     if len(points) == 0:
         return np.zeros(0, dtype=bool)
-    import open3d
-
+    open3d = import_open3d()
     cloud = open3d.geometry.PointCloud(open3d.utility.Vector3dVector(points.astype(np.float64)))
     return _most_frequent(np.asarray(cloud.cluster_dbscan(eps=eps, min_points=min_points), dtype=np.int64))
 

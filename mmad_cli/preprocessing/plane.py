@@ -7,6 +7,7 @@ import threading
 import numpy as np
 from numpy.typing import NDArray
 
+from mmad_cli.open3d_import import import_open3d
 from mmad_cli.preprocessing.resize import valid_pixels
 from mmad_cli.types import BoolArray, FloatArray
 
@@ -35,8 +36,7 @@ def fit_plane(
     """
     if len(points) < samples:
         raise ValueError(f"points: should be at least {samples} to fit a plane, got {len(points)}")
-    import open3d
-
+    open3d = import_open3d()
     cloud = open3d.geometry.PointCloud(open3d.utility.Vector3dVector(points.astype(np.float64)))
     with _ONE_AT_A_TIME, open3d.utility.VerbosityContextManager(open3d.utility.VerbosityLevel.Error):
         open3d.utility.random.seed(seed)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -27,11 +30,19 @@ def test_projected_rows_of_the_published_code(golden):
     np.testing.assert_allclose(projected[::step], case["projected_sub"], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(("n", "channels"), [(500, 300), (2000, 250), (37, 1152)])
+@pytest.mark.parametrize(("n", "channels"), [(500, 300), (2000, 250), (37, 1152), (2, 17), (3, 12000)])
 def test_equals_scikit_learn(n, channels):
     reference = SparseRandomProjection(eps=0.9, random_state=7).fit(np.zeros((n, channels)))
     ours = sparse_projection(n, channels, random_state=7)
     assert (ours != csr_matrix(reference.components_)).nnz == 0
+
+
+def test_scikit_learn_is_not_imported():
+    script = (
+        "import sys; from mmad_cli.memory import sparse_projection; sparse_projection(500, 300, random_state=0); "
+        "sys.exit('sklearn' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 def test_one_stream_for_several_banks():
