@@ -6,7 +6,8 @@ import contextlib
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -114,3 +115,30 @@ def torch_device(request: pytest.FixtureRequest) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return device
+
+
+@pytest.fixture(scope="session")
+def object_server() -> Iterator[dict[str, str]]:
+    """A local S3 server, as the environment variables by which clients find it."""
+    moto = pytest.importorskip("moto.server")
+    running = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    yield {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    running.stop()
+
+
+@pytest.fixture
+def bucket(object_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a new store on that server."""
+    for name, value in object_server.items():
+        monkeypatch.setenv(name, value)
+    import boto3
+
+    boto3.client("s3").create_bucket(Bucket="store")
+    return f"s3://store/{uuid.uuid4().hex}"

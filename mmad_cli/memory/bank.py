@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mmad_cli.devices import or_on_cpu
 from mmad_cli.memory.limit import bounded_empty, fits
-from mmad_cli.types import FloatArray, IndexArray
+from mmad_cli.types import BoolArray, FloatArray, IndexArray
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,8 @@ Blocks = Callable[[], Iterable[NDArray[Any]]]
 """Gives a new iterator over row blocks (n_i, C) at every call, the same rows in the same order each time."""
 
 Progress = Callable[[int, int], None]
+
+_COPIED_ELEMENTS = 1 << 20
 
 
 class BankConfig(BaseModel):
@@ -137,6 +139,28 @@ class MemoryBank:
         bank.picks_ = np.arange(len(bank.rows_), dtype=np.int64)
         bank.mean_, bank.std_ = float(mean), float(std)
         return bank
+
+    def add_row(self, row: FloatArray, where: Callable[[FloatArray], BoolArray] | None = None) -> None:
+        """Append a row (1, C) on the scale of the bank that is no training row: its pick is -1.
+
+        where: given some rows (n, C), says which of them stay, (n,); without it all do. Rows are copied a few at a
+        time, to a mapped file where a memory limit wants that.
+        """
+        step = max(1, _COPIED_ELEMENTS // self.rows_.shape[1])
+        tiles = [slice(i, i + step) for i in range(0, len(self.rows_), step)]
+        kept = np.ones(len(self.rows_), dtype=np.bool_)
+        if where is not None:
+            for tile in tiles:
+                kept[tile] = where(self.rows_[tile])
+        joined = bounded_empty((int(kept.sum()) + 1, self.rows_.shape[1]))
+        end = 0
+        for tile in tiles:
+            some = self.rows_[tile][kept[tile]]
+            joined[end : end + len(some)] = some
+            end += len(some)
+        joined[end:] = row
+        self.__dict__.pop("index", None)
+        self.rows_, self.picks_ = joined, np.append(self.picks_[kept], -1)
 
     def normalise(self, patches: NDArray[Any]) -> FloatArray:
         """Patches (n, C) on the scale of the bank: (x - mean_) / std_, float32."""

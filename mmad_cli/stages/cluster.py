@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from mmad_cli.errors import MmadError, StoreError, UsageError
@@ -32,25 +34,54 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a worker must have for the tasks of a command; `token` is a mark that the command leaves in its store."""
+
+    store: str
+    token: str
+    data: str
+    weights: tuple[tuple[str, str], ...]
+    versions: tuple[tuple[str, str | None], ...]
+
+
+@dataclass(frozen=True)
+class _Unfit:
+    """What comes of a task at a worker that lacks something, instead of a result."""
+
+    said: str
+
+
+class TaskDropped(Exception):  # noqa: N818
+    """Raised in a task that nobody waits for any more."""
+
+
+# of a worker process: what it was found to have
+_met: set[Needs] = set()
+
+
 class ClusterExecutor(Executor):
     """Tasks of a Dask client as futures of the standard library; every call is a task of its own.
+
+    A worker looks at itself before its first task: it may have joined after `Cluster.check`.
 
     In place of the executor that the client has (`Client.get_executor`): that one leaves a future open for ever when
     the result of a finished task dies with its worker, before it was fetched, and the task then fails.
     """
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
+    def __init__(self, client: Any, needs: Sequence[Needs] = ()) -> None:
+        self._client, self._needs = client, needs
         self._tasks: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def submit(
         self, function: Callable[Parameters, Result], /, *args: Parameters.args, **kwargs: Parameters.kwargs
     ) -> Future[Result]:
         """Send a call to the cluster."""
-        task = self._client.submit(function, *args, pure=False, retries=_RETRIES, **kwargs)
+        task = self._client.submit(_call, tuple(self._needs), function, *args, pure=False, retries=_RETRIES, **kwargs)
         self._tasks.add(task)
         future: Future[Result] = Future()
-        future.add_done_callback(lambda done: task.cancel() if done.cancelled() else None)
+        # one that the cluster dropped by itself is no longer pending
+        future.add_done_callback(lambda done: task.cancel() if done.cancelled() and task.status == "pending" else None)
         self._client.loop.add_callback(_pass_on, task, future)
         return future
 
@@ -61,12 +92,18 @@ class ClusterExecutor(Executor):
 
 async def _pass_on(task: Any, future: Future[Any]) -> None:
     """Give a future what its task on the cluster comes to; without scheduler it is cancelled."""
-    result, failure, dropped = None, None, False
+    result: Any = None
+    failure: BaseException | None = None
+    dropped = False
     try:
         result = await task.result()
+    except ImportError as error:
+        failure = UsageError(f"--dask: a worker cannot do this ({error}); install the same packages on all of them")
     except BaseException as error:  # noqa: BLE001
         # what is raised here ends nowhere: whoever waits for the future is told
         failure, dropped = error, task.status != "error"
+    if isinstance(result, _Unfit):
+        failure = UsageError(result.said)
     if dropped:
         future.cancel()
     if not future.set_running_or_notify_cancel():
@@ -90,11 +127,14 @@ class Cluster:
         # a reconnecting client complains on standard error; what matters is told
         self._log_level = _set_level(logging.CRITICAL)
         self._present: set[str] = set(self._client.scheduler_info(n_workers=-1)["workers"])
+        self._needs: list[Needs] = []
+        self._marked: set[str] = set()
+        self._leaving = contextlib.ExitStack()
         self._client.subscribe_topic("all", self._on_event)
 
     def executor(self) -> Executor:
-        """Runs tasks on the workers."""
-        return ClusterExecutor(self._client)
+        """Runs tasks on the workers; what was checked before is checked again on those that join later."""
+        return ClusterExecutor(self._client, self._needs)
 
     def workers(self) -> int:
         """Workers at this moment, at least 1."""
@@ -121,25 +161,23 @@ class Cluster:
         if store.address.startswith("memory:"):
             raise UsageError("--store memory://: is in one process only; workers need a shared folder or an address")
         token = f"cluster-check-{self._client.id}"
-        store.write_run(token, {"folder": "/nonexistent", "keys": []})
-        own = _versions()
-        try:
-            answers = self._client.run(_look_around, store.address, str(data), dict(weights), token, on_error="return")
-        finally:
-            store.remove_run(token)
-        for worker, found in answers.items():
+        if store.address not in self._marked:
+            # pruning keeps a record as long as its folder is there
+            folder = self._leaving.enter_context(TemporaryDirectory(prefix="mmad-cluster-"))
+            store.write_run(token, {"folder": folder, "keys": []})
+            self._marked.add(store.address)
+            self._leaving.callback(store.remove_run, token)
+        needs = Needs(store.address, token, str(data), tuple(sorted(weights.items())), tuple(_versions().items()))
+        if needs in self._needs:
+            return
+        for worker, found in self._client.run(_lacking, needs, on_error="return").items():
             if isinstance(found, BaseException):
                 raise UsageError(
                     f"--dask: worker {worker} cannot run mmad ({found}); install mmad there, the same version as here"
                 )
-            if found["problem"] is not None:
-                raise UsageError(f"--dask: worker {worker}: {found['problem']}")
-            for name, version in own.items():
-                if found["versions"].get(name) != version:
-                    raise UsageError(
-                        f"--dask: worker {worker} has {name} {found['versions'].get(name)}, this command {version}; "
-                        "install the same versions everywhere"
-                    )
+            if found is not None:
+                raise UsageError(_said(worker, found))
+        self._needs.append(needs)
 
     def close(self) -> None:
         """Leave the cluster; what has not started is dropped."""
@@ -147,7 +185,22 @@ class Cluster:
             # else the scheduler complains that it cannot tell this client of its own leaving; it may be gone already
             self._client.unsubscribe_topic("all")
         self._client.close()
+        with contextlib.suppress(MmadError, OSError):
+            self._leaving.close()
         _set_level(self._log_level)
+
+
+def stop_if_dropped() -> None:
+    """Raise TaskDropped in a task on a worker that was cancelled; elsewhere nothing happens."""
+    try:
+        from distributed import get_worker
+
+        worker = get_worker()
+    except (ImportError, ValueError):
+        return
+    task = worker.state.tasks.get(worker.get_current_task())
+    if task is not None and task.state == "cancelled":
+        raise TaskDropped
 
 
 def _set_level(level: int) -> int:
@@ -208,9 +261,39 @@ def _versions() -> dict[str, str | None]:
     return {**library_versions(name for name in _COMPARED if name != "mmad-cli"), "mmad-cli": __version__}
 
 
-def _look_around(store: str, data: str, weights: dict[str, str], token: str) -> dict[str, Any]:
-    """Runs on a worker: its versions, and what is wrong there."""
-    return {"versions": _versions(), "problem": _problem(store, data, weights, token)}
+def _call(
+    needs: tuple[Needs, ...],
+    function: Callable[Parameters, Result],
+    /,
+    *args: Parameters.args,
+    **kwargs: Parameters.kwargs,
+) -> Result | _Unfit:
+    """Runs on a worker: a task, or why this worker cannot do it."""
+    for one in needs:
+        lacking = _lacking(one)
+        if lacking is not None:
+            from distributed import get_worker
+
+            return _Unfit(_said(get_worker().address, lacking))
+    return function(*args, **kwargs)
+
+
+def _said(worker: str, lacking: str) -> str:
+    return f"--dask: worker {worker} {lacking}"
+
+
+def _lacking(needs: Needs) -> str | None:
+    """Runs on a worker: what is wrong there. It looks once."""
+    if needs in _met:
+        return None
+    own = _versions()
+    for name, version in needs.versions:
+        if own.get(name) != version:
+            return f"has {name} {own.get(name)}, this command {version}; install the same versions everywhere"
+    problem = _problem(needs.store, needs.data, dict(needs.weights), needs.token)
+    if problem is None:
+        _met.add(needs)
+    return problem
 
 
 def _problem(store: str, data: str, weights: dict[str, str], token: str) -> str | None:
@@ -223,7 +306,7 @@ def _problem(store: str, data: str, weights: dict[str, str], token: str) -> str 
         seen = open_store(store).has_run(token)
         different = [name for name, digest in weights.items() if resolve(name).sha256 != digest]
     except MmadError as error:
-        return str(error)
+        return f"cannot do this: {error}"
     if not seen:
         return f"does not see the same store at {store}; name a shared folder or an object address with --store"
     return f"has another file for the weights {', '.join(different)}" if different else None

@@ -8,6 +8,7 @@ worker, with everything that it needs in the store already.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Any, Protocol, TypeVar
 from mmad_cli.errors import UNFORESEEN, DataError, unforeseen
 from mmad_cli.results.schema import CategoryResult, RunResult
 from mmad_cli.stages.clean import CleanJob
+from mmad_cli.stages.cluster import stop_if_dropped
 from mmad_cli.stages.evaluate import compute_record, open_run
 from mmad_cli.stages.executor import run_tasks
 from mmad_cli.stages.features import FeatureJob
 from mmad_cli.stages.pipeline import CategoryOutcome, fit_category
 from mmad_cli.stages.plan import CategoryPlan
-from mmad_cli.stages.progress import Collector, Reporter
+from mmad_cli.stages.progress import Advance, Collector, Reporter
 from mmad_cli.stages.request import EvaluateRequest, Prepared
 from mmad_cli.stages.session import Session
 from mmad_cli.stages.shared import SharedPlan, train_shared
@@ -65,6 +67,19 @@ class Place:
         """A session of one process."""
         store = open_store(self.store)
         return Session(store, 1, self.device, memory_limit=self.memory_limit, reporter=reporter)
+
+
+class WorkerReporter(Collector):
+    """Keeps notices for who sent the task, and ends the task at its next progress when nobody waits for it any more."""
+
+    @contextlib.contextmanager
+    def task(self, title: str, total: int) -> Iterator[Advance]:
+        """A bar that is not drawn."""
+
+        def advance(done: int, total: int) -> None:
+            stop_if_dropped()
+
+        yield advance
 
 
 @dataclass(frozen=True)
@@ -243,7 +258,7 @@ def _train(session: Session, shared: Sequence[tuple[Prepared, SharedPlan]], inpu
 @one_at_a_time
 def fit_task(task: CategoryTask) -> FitOutcome:
     """Fit one category into the store."""
-    reporter = Collector()
+    reporter = WorkerReporter()
     with task.place.session(reporter) as session:
         outcome = fit_category(session, task.prepared, task.plan, task.shared)
     return FitOutcome(outcome, tuple(reporter.notices))
@@ -252,7 +267,7 @@ def fit_task(task: CategoryTask) -> FitOutcome:
 @one_at_a_time
 def cell_task(task: CategoryTask) -> CellOutcome:
     """Evaluate one category; the result goes into the store."""
-    reporter = Collector()
+    reporter = WorkerReporter()
     with task.place.session(reporter) as session:
         _, failure = compute_record(session, task.prepared, task.plan, task.shared)
     return CellOutcome(failure, tuple(reporter.notices))
@@ -261,7 +276,7 @@ def cell_task(task: CategoryTask) -> CellOutcome:
 @one_at_a_time
 def shared_task(task: SharedTask) -> SharedOutcome:
     """Train over all categories into the store."""
-    reporter = Collector()
+    reporter = WorkerReporter()
     error = None
     with task.place.session(reporter) as session:
         try:

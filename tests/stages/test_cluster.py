@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,14 +23,14 @@ from mmad_cli.results.runs import read_scores
 from mmad_cli.stages.cluster import Cluster, _pass_on
 from mmad_cli.stages.evaluate import evaluate_all
 from mmad_cli.stages.executor import run_tasks
-from mmad_cli.stages.grid import CategoryTask, fit_task
+from mmad_cli.stages.grid import CategoryTask, WorkerReporter, fit_task
 from mmad_cli.stages.pipeline import fit
 from mmad_cli.stages.plan import Selection
 from mmad_cli.stages.progress import Collector
 from mmad_cli.stages.request import EvaluateRequest
 from mmad_cli.stages.session import Session
 from mmad_cli.stages.tasks import ExtractTask
-from mmad_cli.store import Store
+from mmad_cli.store import ObjectStore, Store, open_store
 
 pytest.importorskip("distributed")
 
@@ -43,8 +44,15 @@ LOOPBACK: list[list[str]] = [[], []]
 class WorkerProcesses:
     """A scheduler and two workers, all processes of their own; `before` is put in front of each worker's command."""
 
-    def __init__(self, folder: Path, host: str = "127.0.0.1", before: list[list[str]] = LOOPBACK) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        host: str = "127.0.0.1",
+        before: list[list[str]] = LOOPBACK,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         self.folder, self.file = folder, folder / "scheduler.json"
+        self.environment = environment or {}
         folder.mkdir()
         self.scheduler = self._start(
             [], "dask_scheduler", "--host", host, "--port", "0", "--no-dashboard", "--scheduler-file", str(self.file)
@@ -53,13 +61,18 @@ class WorkerProcesses:
         self.address = json.loads(self.file.read_text())["address"]
         self.workers = [self.add_worker(command) for command in before]
 
-    def add_worker(self, before: list[str]) -> subprocess.Popen[bytes]:
-        options = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--local-directory", str(self.folder)]
+    def add_worker(self, before: list[str], *options: str) -> subprocess.Popen[bytes]:
+        options = ("--nthreads", "1", "--no-nanny", "--no-dashboard", "--local-directory", str(self.folder), *options)
         return self._start(before, "dask_worker", self.address, *options)
+
+    def replace_dead_workers(self) -> None:
+        for number, worker in enumerate(self.workers):
+            if worker.poll() is not None:
+                self.workers[number] = self.add_worker([])
 
     def _start(self, before: list[str], what: str, *arguments: str) -> subprocess.Popen[bytes]:
         command = [*before, sys.executable, "-m", f"distributed.cli.{what}", *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment}
         log = (self.folder / f"{what}-{time.monotonic_ns()}.log").open("wb")
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
@@ -85,11 +98,22 @@ def serial(_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, o
     return numbers(folder / "out")
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[WorkerProcesses]:
-    started = WorkerProcesses(tmp_path / "cluster")
+@pytest.fixture(scope="module")
+def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcesses]:
+    """One cluster for all tests: starting processes costs more than what most of them do there."""
+    folder = tmp_path_factory.mktemp("cluster")
+    environment = {"XDG_CACHE_HOME": str(folder / "cache"), "MMAD_WEIGHTS": str(folder / "weights")}
+    if find_spec("moto") is not None:
+        environment.update(request.getfixturevalue("object_server"))
+    started = WorkerProcesses(folder / "processes", environment=environment)
     yield started
     started.stop()
+
+
+@pytest.fixture
+def cluster(processes: WorkerProcesses) -> Iterator[WorkerProcesses]:
+    yield processes
+    processes.replace_dead_workers()
 
 
 def requests(data: Path, out: Path) -> list[EvaluateRequest]:
@@ -111,7 +135,7 @@ def numbers(folder: Path) -> dict[str, object]:
 def evaluate_on(address: str | None, data: Path, store: str | Path, out: Path) -> list[str]:
     reporter = Collector()
     workers = 1 if address is None else None
-    with Session(Store(store), workers=workers, device="cpu", dask=address, reporter=reporter) as session:
+    with Session(open_store(store), workers=workers, device="cpu", dask=address, reporter=reporter) as session:
         evaluate_all(session, requests(data, out))
     return reporter.notices
 
@@ -125,6 +149,37 @@ def test_two_worker_processes_give_the_serial_numbers(
     assert numbers(tmp_path / "out") == serial
     assert len(numbers(tmp_path / "out")) == 4
     assert not list((tmp_path / "store" / "runs").glob("cluster-check*"))
+
+
+def test_workers_on_an_object_address_give_the_serial_numbers(
+    cluster: WorkerProcesses, serial: Numbers, tiny_dataset: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    pytest.importorskip("s3fs")
+    address = request.getfixturevalue("bucket")
+    evaluate_on(cluster.address, tiny_dataset, address, tmp_path / "out")
+    assert numbers(tmp_path / "out") == serial
+    store = open_store(address)
+    assert isinstance(store, ObjectStore)
+    names = list(store._objects())
+    assert len([name for name in names if name.startswith("fit/")]) == 4
+    assert not any("cluster-check" in name for name in names)
+
+
+@pytest.mark.slow
+def test_networks_on_workers_give_the_serial_numbers(
+    cluster: WorkerProcesses, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    found = []
+    for address in (None, cluster.address):
+        folder = tmp_path / str(address is None)
+        workers = 1 if address is None else None
+        one = Selection(categories=("block",))
+        request = EvaluateRequest(tiny_dataset, "m3dm", backbones="builtin", selection=one, out=folder / "out")
+        with Session(Store(folder / "store"), workers=workers, device="cpu", dask=address) as session:
+            evaluate_all(session, [request])
+        found.append(numbers(folder / "out"))
+    assert found[0] == found[1]
+    assert [value[0] for value in found[0].values()] == ["ok"]
 
 
 @pytest.mark.slow
@@ -194,6 +249,58 @@ def test_what_is_wrong_with_the_cluster_is_said(cluster: WorkerProcesses, tiny_d
     connection.close()
     with pytest.raises(UsageError, match=r"--workers: the cluster of --dask"):
         Session(Store(tmp_path / "store"), workers=2, dask=cluster.address)
+
+
+def test_a_worker_that_joins_later_is_looked_at(cluster: WorkerProcesses, tiny_dataset: Path, tmp_path: Path) -> None:
+    connection = Cluster(cluster.address)
+    connection.check(Store(tmp_path / "store"), tiny_dataset, {})
+    executor = connection.executor()
+    # those that were looked at go on; to the new one it was never there
+    tiny_dataset.rename(tmp_path / "elsewhere")
+    assert executor.submit(abs, -1).result(timeout=60) == 1
+    late = cluster.add_worker([])
+    try:
+        _wait(lambda: connection.workers() == 3)
+        tasks = [executor.submit(time.sleep, 0.1) for _ in range(30)]
+        with pytest.raises(UsageError, match=rf"worker tcp://.* does not see the dataset {tiny_dataset}"):
+            for task in tasks:
+                task.result(timeout=60)
+    finally:
+        executor.shutdown()
+        connection.close()
+        os.killpg(late.pid, signal.SIGKILL)
+        late.wait()
+    assert not list((tmp_path / "store" / "runs").iterdir())
+
+
+def test_tasks_of_an_interrupted_command_end(cluster: WorkerProcesses, tmp_path: Path) -> None:
+    """What waits never starts; what runs ends at its next progress."""
+
+    def task(number: int) -> None:
+        (tmp_path / f"begun-{number}").touch()
+        reporter = WorkerReporter()
+        try:
+            with reporter.task("training", 600) as advance:
+                for step in range(600):
+                    time.sleep(0.05)
+                    advance(step, 600)
+        finally:
+            (tmp_path / f"left-{number}-{step}").touch()
+
+    connection = Cluster(cluster.address)
+    executor = connection.executor()
+    tasks = [executor.submit(task, number) for number in range(8)]
+    _wait(lambda: len(list(tmp_path.glob("begun-*"))) == connection.workers())
+    begun = sorted(tmp_path.glob("begun-*"))
+    executor.shutdown()
+    connection.close()
+    _wait(lambda: len(list(tmp_path.glob("left-*"))) == len(begun))
+    assert all(int(path.name.split("-")[2]) < 599 for path in tmp_path.glob("left-*"))
+    another = Cluster(cluster.address)
+    assert another.executor().submit(abs, -1).result(timeout=60) == 1
+    another.close()
+    assert sorted(tmp_path.glob("begun-*")) == begun
+    assert all(one.cancelled() for one in tasks)
 
 
 def test_no_scheduler_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:

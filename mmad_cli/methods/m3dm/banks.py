@@ -170,12 +170,8 @@ def _with_zero_row(bank: MemoryBank, name: BankName, config: M3DMConfig) -> Memo
     if name != "points" or not (_has_three_banks(config) or config.rm_zero_for_project):
         return bank
     background = np.zeros((1, bank.rows_.shape[1]), dtype=np.float32)
-    kept = np.ones(len(bank.rows_), dtype=bool)
     if filters_zeros(config, name):
-        background = bank.normalise(background)
+        bank.add_row(bank.normalise(background))
     else:
-        kept = (bank.rows_ != 0).all(axis=1)
-    bank.rows_ = np.concatenate([bank.rows_[kept], background])
-    # -1: not a row of the training samples
-    bank.picks_ = np.append(bank.picks_[kept], -1)
+        bank.add_row(background, where=lambda rows: (rows != 0).all(axis=1))
     return bank
