@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
@@ -188,7 +189,8 @@ def _as_map(features: Features, name: str) -> FloatArray:
     return np.ascontiguousarray(features[name].T).reshape(-1, height, width)
 
 
-def output_shapes(settings: TimmParams) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=64)
+def output_shapes(settings: TimmParams) -> Mapping[str, tuple[int, ...]]:
     """Shapes of the arrays per sample, from the architecture alone (no weights needed)."""
     import torch
 

@@ -23,8 +23,8 @@ DEPTHS = {"base": ("projection",), "big": tuple(f"projection_{letter}" for lette
 COSINE_EPS = 1e-6
 LENGTH_EPS = 1e-12
 
-# pixels that go through the networks at a time: 63 MB per hidden layer
-_TILE = 16384
+# pixels that go through the networks at a time: their hidden layers stay in a processor's cache
+_TILE = 2048
 
 
 class CfmConfig(MappingConfig):

@@ -7,7 +7,6 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -534,7 +533,6 @@ def _distinct(rows: FloatArray) -> tuple[Any, Any]:
     return distinct, position
 
 
-@lru_cache(maxsize=8)
 def _token_shape(model: str, size: int) -> tuple[int, int]:
     """Tokens per image and channels of a timm network."""
     from mmad_cli.backbones.specs import TimmParams

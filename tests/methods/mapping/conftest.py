@@ -9,12 +9,16 @@ from __future__ import annotations
 import functools
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+from mmad_cli.devices import shared_tensor
+from mmad_cli.methods.mapping.dense import DenseFeatures
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 BASE_SEED = 20417
@@ -22,7 +26,8 @@ BASE_SEED = 20417
 _C_RGB, _C_XYZ = 768, 1152
 _SHARED, _OWN, _COARSE = 10, 3, 7
 _ANOMALOUS = (11, 12)
-_BLOCK = 256
+# a block and the sums in it stay in a processor's cache
+_BLOCK = 32
 
 
 def _random(*parts: object) -> np.random.Generator:
@@ -72,17 +77,24 @@ def _synthesise(
     maps: list[np.ndarray], rows: np.ndarray, offset: np.ndarray, noise: np.random.Generator, count: int
 ) -> np.ndarray:
     out = np.empty((count, len(offset)), np.float32)
+    totals = np.empty((_BLOCK, len(offset)))
+    parts = np.empty_like(totals)
     for begin in range(0, count, _BLOCK):
         end = min(count, begin + _BLOCK)
-        total = np.zeros((end - begin, len(offset))) + offset
+        total, part = totals[: end - begin], parts[: end - begin]
+        total[:] = offset
         for values, row in zip(maps, rows, strict=True):
-            total += values[begin:end, None] * row[None, :]
-        total += (noise.random((end - begin, len(offset))) - 0.5) * 0.6
+            total += np.multiply(values[begin:end, None], row, out=part)
+        noise.random(out=part)
+        part -= 0.5
+        part *= 0.6
+        total += part
         out[begin:end] = total
     return out
 
 
-@functools.lru_cache(maxsize=6)
+# all that the tests ask for: four of full size, 385 MB each, that several modules share, and small ones
+@functools.cache
 def _sample(index: int, side: int) -> dict[str, Any]:
     count = side * side
     foreground, truth, cancel = _geometry(index, side)
@@ -128,6 +140,21 @@ def _sample(index: int, side: int) -> dict[str, Any]:
 def golden_sample() -> Callable[[int, int], dict[str, Any]]:
     """(index, side) -> rgb (N, 768) and xyz (N, 1152) float32, foreground, truth (side, side), cancel (a token)."""
     return _sample
+
+
+@pytest.fixture
+def dense(golden_sample: Callable[[int, int], dict[str, Any]]) -> Iterator[Callable[[int, int], DenseFeatures]]:
+    """(index, side) -> the features of a sample, which nothing may write into: they are the ones of all tests."""
+    given: list[torch.Tensor] = []
+
+    def read(index: int, side: int) -> DenseFeatures:
+        sample = golden_sample(index, side)
+        rgb, points = (shared_tensor(sample[name]) for name in ("rgb", "xyz"))
+        given.extend((rgb, points))
+        return DenseFeatures(rgb, points, points.sum(dim=1) != 0, side)
+
+    yield read
+    assert all(tensor._version == 0 for tensor in given)
 
 
 def _tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:

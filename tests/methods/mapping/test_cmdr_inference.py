@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from mmad_cli.devices import shared_tensor
 from mmad_cli.methods.anomaly_map import bilinear_matrix
 from mmad_cli.methods.base import Prediction
 from mmad_cli.methods.cmdr_iad import inference
@@ -198,20 +199,44 @@ def test_other_networks_are_refused() -> None:
         errors({"rgb_decoder": nn.Linear(2, 2)}, torch.zeros(4, 2), None, torch.ones(4, dtype=torch.bool))
 
 
-@pytest.mark.slow
-def test_published_inference(
-    golden_arrays: Golden,
-    golden_sample: Any,
-    golden_state: Any,
-    golden_shapes: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Three samples at full size, from features to metrics: mask, every intermediate map at every 8th pixel, scores."""
-    expected = golden_arrays("cmdr_iad")
+@pytest.fixture(scope="module")
+def full_size(golden_state: Any, golden_shapes: Any) -> dict[NetworkName, nn.Module]:
+    """The networks at full size with the deterministic weights, in evaluation mode."""
     networks = new_networks(side=224, dropout=0.0)
     for name, network in networks.items():
         state = golden_state(PUBLISHED_NAMES[name], golden_shapes["cmdr_224"][PUBLISHED_NAMES[name]])
         load_tensors(network.eval().requires_grad_(False), {k: torch.from_numpy(v) for k, v in state.items()}, name)
+    return networks
+
+
+@pytest.mark.slow
+def test_published_point_decoder_at_full_size(
+    golden_arrays: Golden, golden_sample: Any, full_size: dict[NetworkName, nn.Module]
+) -> None:
+    """The one network that is another at full size."""
+    expected = golden_arrays("cmdr_iad")
+    with torch.inference_mode():
+        out = full_size["point_decoder"](shared_tensor(golden_sample(0, 224)["xyz"])[None])[0]
+    close(out[expected["full/tok"]], expected["full/eval/Dec3D/rows"])
+    total, magnitude, length, *ends = expected["full/eval/Dec3D/stats"]
+    values = out.double()
+    # the sum is a difference of large numbers: measured by the sum of magnitudes
+    assert float(values.sum()) == pytest.approx(total, abs=1e-4 * magnitude)
+    assert float(values.abs().sum()) == pytest.approx(magnitude, rel=1e-4)
+    assert float(values.norm()) == pytest.approx(length, rel=1e-4)
+    close([float(values.min()), float(values.max())], np.array(ends))
+
+
+@pytest.mark.slow
+def test_published_inference(
+    golden_arrays: Golden,
+    golden_sample: Any,
+    dense: Callable[[int, int], DenseFeatures],
+    full_size: dict[NetworkName, nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three samples at full size, from features to metrics: mask, every intermediate map at every 8th pixel, scores."""
+    expected = golden_arrays("cmdr_iad")
     joined: list[tuple[dict[NetworkName, np.ndarray], Fusion]] = []
 
     def recorded(maps: dict[NetworkName, np.ndarray], valid: np.ndarray) -> Fusion:
@@ -219,17 +244,15 @@ def test_published_inference(
         return joined[-1][1]
 
     monkeypatch.setattr(cmdr_method, "fuse", recorded)
-    method, learner = CmdrIad(CmdrIadConfig()), CmdrLearner(networks)
+    method, learner = CmdrIad(CmdrIadConfig()), CmdrLearner(full_size)
     predictions, masks = [], []
     for index in (10, 11, 12):
-        sample = golden_sample(index, 224)
-        rgb, points = (torch.from_numpy(np.array(sample[name])) for name in ("rgb", "xyz"))
-        valid = points.sum(dim=1) != 0
-        background = np.unpackbits(expected[f"infer/{index}/background"])[: valid.numel()].astype(bool)
-        np.testing.assert_array_equal(~valid.numpy(), background)
-        fused = method.errors(learner, DenseFeatures(rgb, points, valid, 224))
+        features = dense(index, 224)
+        background = np.unpackbits(expected[f"infer/{index}/background"])[: 224 * 224].astype(bool)
+        np.testing.assert_array_equal(~features.valid.numpy(), background)
+        fused = method.errors(learner, features)
         predictions.append(method.scored(fused))
-        masks.append(sample["truth"] > 0)
+        masks.append(golden_sample(index, 224)["truth"] > 0)
         check_intermediates(*joined[-1], smooth(fused, SMOOTHING), predictions[-1], expected, f"infer/{index}")
     scores = [prediction.image_score for prediction in predictions]
     close(scores, expected["infer/image_scores"])

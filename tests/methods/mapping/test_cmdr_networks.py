@@ -33,13 +33,13 @@ Load = Callable[..., Networks]
 
 @pytest.fixture(scope="module")
 def load(golden_state: Any, golden_shapes: Any) -> Load:
-    """(configuration, side, names) -> networks with the deterministic weights, without dropout."""
+    """names -> networks for a side of 56 with the deterministic weights, without dropout."""
 
-    def build(configuration: str, side: int, names: tuple[NetworkName, ...] = NAMES) -> Networks:
-        networks = new_networks(side=side, dropout=0.0, names=names)
+    def build(names: tuple[NetworkName, ...] = NAMES) -> Networks:
+        networks = new_networks(side=56, dropout=0.0, names=names)
         for name, network in networks.items():
             other = PUBLISHED_NAMES[name]
-            state = golden_state(other, golden_shapes[configuration][other])
+            state = golden_state(other, golden_shapes["cmdr_56"][other])
             load_tensors(network, {key: torch.from_numpy(value) for key, value in state.items()}, other)
         return networks
 
@@ -48,11 +48,11 @@ def load(golden_state: Any, golden_shapes: Any) -> Load:
 
 @pytest.fixture(scope="module")
 def small(load: Load) -> Networks:
-    return load("cmdr_56", 56)
+    return load()
 
 
-def inputs(golden_sample: Any, name: NetworkName, side: int) -> torch.Tensor:
-    sample = golden_sample(0, side)
+def inputs(golden_sample: Any, name: NetworkName) -> torch.Tensor:
+    sample = golden_sample(0, 56)
     return torch.from_numpy(np.array(sample["rgb" if STREAMS[name][0] == "rgb" else "xyz"]))[None]
 
 
@@ -109,7 +109,7 @@ def test_published_forward(golden_arrays: Golden, golden_sample: Any, small: Net
     """Output and every hidden layer in evaluation mode, on a grid whose last window is half full."""
     expected, other = golden_arrays("cmdr_iad"), PUBLISHED_NAMES[name]
     prefix = f"small/eval/{other}"
-    out, found = hidden_layers(small[name].eval(), inputs(golden_sample, name, 56))
+    out, found = hidden_layers(small[name].eval(), inputs(golden_sample, name))
     rows = expected[f"{prefix}/rows"]
     np.testing.assert_allclose(out[0, expected["small/tok"]], rows, atol=1e-4 * np.abs(rows).max(), rtol=0)
     assert_statistics(out.numpy(), expected[f"{prefix}/stats"])
@@ -123,8 +123,8 @@ def test_published_forward_in_training_mode(
     """The same with the batch statistics of the sample, and the running statistics that it leaves behind."""
     expected, other = golden_arrays("cmdr_iad"), PUBLISHED_NAMES[name]
     prefix = f"small/train/{other}"
-    network = load("cmdr_56", 56, (name,))[name].train()
-    out, found = hidden_layers(network, inputs(golden_sample, name, 56))
+    network = load((name,))[name].train()
+    out, found = hidden_layers(network, inputs(golden_sample, name))
     rows = expected[f"{prefix}/rows"]
     np.testing.assert_allclose(out[0, expected["small/tok"]], rows, atol=1e-4 * np.abs(rows).max(), rtol=0)
     compare_hidden(found, expected, prefix)
@@ -154,17 +154,6 @@ def compare_hidden(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]
             places = np.linspace(0, values.size - 1, 257).astype(np.int64)[::8]
             atol = 1e-4 * np.abs(values).max()
             np.testing.assert_allclose(values.reshape(-1)[places], probe, atol=atol, rtol=0)
-
-
-@pytest.mark.slow
-def test_published_point_decoder_at_full_size(golden_arrays: Golden, golden_sample: Any, load: Load) -> None:
-    """The one network that is another at full size."""
-    expected, network = golden_arrays("cmdr_iad"), load("cmdr_224", 224, ("point_decoder",))["point_decoder"].eval()
-    with torch.inference_mode():
-        out = network(inputs(golden_sample, "point_decoder", 224))
-    rows = expected["full/eval/Dec3D/rows"]
-    np.testing.assert_allclose(out[0, expected["full/tok"]], rows, atol=1e-4 * np.abs(rows).max(), rtol=0)
-    assert_statistics(out.numpy(), expected["full/eval/Dec3D/stats"])
 
 
 def test_order_inside_a_window_only_reorders_its_result() -> None:

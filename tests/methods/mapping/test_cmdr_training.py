@@ -24,11 +24,6 @@ Golden = Callable[[str], dict[str, np.ndarray]]
 COLUMNS: tuple[NetworkName, ...] = ("points_to_rgb", "rgb_to_points", "rgb_decoder", "point_decoder")
 
 
-def dense(sample: dict[str, Any], side: int) -> DenseFeatures:
-    rgb, points = (torch.from_numpy(np.array(sample[name])) for name in ("rgb", "xyz"))
-    return DenseFeatures(rgb, points, points.sum(dim=1) != 0, side)
-
-
 def before_batch_norm(network: nn.Module) -> set[str]:
     """Biases that batch normalisation takes away again: their gradients are rounding noise."""
     found = set()
@@ -81,7 +76,7 @@ def test_loss_refuses_shapes_that_do_not_belong_together() -> None:
 
 
 @pytest.mark.slow
-def test_published_training(golden_arrays: Golden, golden_sample: Any, golden_state: Any, golden_shapes: Any) -> None:
+def test_published_training(golden_arrays: Golden, dense: Any, golden_state: Any, golden_shapes: Any) -> None:
     """First gradients, losses of five steps and the networks after them."""
     expected = golden_arrays("cmdr_iad")
     networks = new_networks(side=56, dropout=0.0)
@@ -92,7 +87,7 @@ def test_published_training(golden_arrays: Golden, golden_sample: Any, golden_st
     start = {name: copy.deepcopy(network.state_dict()) for name, network in networks.items()}
     learner = CmdrLearner(networks)
     optimisers = [torch.optim.Adam(network.parameters(), lr=1e-3) for network in networks.values()]
-    samples = [dense(golden_sample(index, 56), 56) for index in (0, 1)]
+    samples = [dense(index, 56) for index in (0, 1)]
     losses = []
     for step in range(5):
         for optimiser in optimisers:

@@ -12,7 +12,7 @@ from mmad_cli.methods.mafr import networks
 from mmad_cli.methods.mafr.inference import residuals
 from mmad_cli.methods.mafr.losses import modality_terms
 from mmad_cli.methods.mafr.method import DEFINITION, Mafr, MafrConfig, MafrLearner
-from mmad_cli.methods.mapping.dense import POINTS, RGB, DenseFeatures
+from mmad_cli.methods.mapping.dense import POINTS, RGB
 from mmad_cli.methods.mapping.scoring import SMOOTHING, smooth
 from mmad_cli.metrics import all_metrics
 
@@ -63,16 +63,6 @@ def learner(published_tensors):
     made = MafrLearner({RGB: 768, POINTS: 1152}, NO_DROPOUT)
     made.network.load_state_dict(networks.from_published(published_tensors))
     return made
-
-
-@pytest.fixture
-def dense(golden_sample):
-    def read(index, side):
-        sample = golden_sample(index, side)
-        rgb, points = (torch.from_numpy(sample[name].copy()) for name in ("rgb", "xyz"))
-        return DenseFeatures(rgb, points, points.sum(dim=1) != 0, side)
-
-    return read
 
 
 def parameters_of(learner):
