@@ -80,6 +80,22 @@ def test_what_does_not_fit_is_no_anonymous_memory(limited: Path) -> None:
     assert list((limited / "work").iterdir()) == []
 
 
+def test_a_bank_that_does_not_fit_is_joined_with_a_row_in_a_file(limited: Path) -> None:
+    rows = limits.bounded_empty((60_000, 400))
+    rows[:] = np.arange(1, 60_001)[:, None]
+    rows[7, 3] = 0
+    bank = MemoryBank()
+    bank.rows_, bank.picks_ = rows, np.arange(60_000)
+    before = limits.anonymous_memory()
+    bank.add_row(np.full((1, 400), -1, np.float32), where=lambda some: (some != 0).all(axis=1))
+    assert limits.anonymous_memory() - before < 30 << 20
+    assert isinstance(bank.rows_, np.memmap)
+    np.testing.assert_array_equal(bank.rows_[:, 3], [*range(1, 8), *range(9, 60_001), -1])
+    np.testing.assert_array_equal(bank.picks_, [*range(7), *range(8, 60_000), -1])
+    bank.add_row(np.zeros((1, 400), np.float32))
+    assert (len(bank.rows_), bank.picks_[-1], bank.index.nearest(np.zeros((1, 400)))[1].item()) == (60_001, -1, 60_000)
+
+
 def test_tiles_shrink_and_no_room_is_a_clear_error(tmp_path: Path) -> None:
     assert limits.tile_elements() == 1 << 24
     limits.set_memory_limit(limits.anonymous_memory() + (64 << 20), tmp_path)
