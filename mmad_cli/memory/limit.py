@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import multiprocessing
 import os
 import tempfile
@@ -30,6 +31,8 @@ _LEAST = 32 << 20
 # what a worker process takes at most for a scan of 800 x 800 pixels, libraries included (measured: 190 MB)
 _WORKER = 256 << 20
 _LARGEST_TILE = 1 << 24
+# what products of a search, and freed memory that the C library keeps for itself, take besides arrays (measured: 75 MB)
+_WORKING = 80 << 20
 
 _limit: int | None = None
 _folder: Path | None = None
@@ -54,20 +57,44 @@ def set_memory_limit(limit: int | None, folder: Path | None = None) -> None:
     _limit, _folder = limit, folder
 
 
+def is_memory_limited() -> bool:
+    """Whether there is a limit."""
+    return _limit is not None
+
+
 def memory_left() -> int | None:
     """Bytes below the limit, None without one. Raises UsageError naming --memory-limit when there is no room at all."""
     if _limit is None:
         return None
-    taken = _taken()
-    if _limit - taken < 2 * _LEAST:
+    left = _left(_limit, 2 * _LEAST)
+    if left < _LEAST:
+        raise _too_low(_limit, left, _WORKING)
+    return left
+
+
+def require_memory(size: int) -> None:
+    """Make sure, before long work, that it has room for arrays of so many bytes at a time that cannot go to files.
+
+    Raises UsageError naming --memory-limit and the smallest one that does; without a limit nothing is looked at.
+    """
+    if _limit is not None and (left := _left(_limit, size + _WORKING)) < size + _WORKING:
+        raise _too_low(_limit, left, size + _WORKING)
+
+
+def _left(limit: int, wanted: int) -> int:
+    left = limit - _taken()
+    if left < wanted:
         _return_free_memory()
-        taken = _taken()
-    if _limit - taken < _LEAST:
-        raise UsageError(
-            f"--memory-limit: {_limit / 1e6:.0f} MB, and this process holds {taken / 1e6:.0f} MB already (networks, "
-            f"libraries, features of a sample, workers); give at least {(taken + _RESERVE) / 1e6:.0f} MB"
-        )
-    return _limit - taken
+        left = limit - _taken()
+    return left
+
+
+def _too_low(limit: int, left: int, wanted: int) -> UsageError:
+    taken = limit - left
+    return UsageError(
+        f"--memory-limit: {limit / 1e6:.0f} MB is too low: this process holds {taken / 1e6:.0f} MB already (libraries, "
+        f"networks, features of a sample, workers); give at least {math.ceil((taken + wanted) / 1e6)} MB"
+    )
 
 
 def _taken() -> int:

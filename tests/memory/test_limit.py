@@ -102,7 +102,7 @@ def test_tiles_shrink_and_no_room_is_a_clear_error(tmp_path: Path) -> None:
     assert (1 << 18) <= limits.tile_elements() < 1 << 22
     limits.set_memory_limit(10**7, tmp_path)
     try:
-        with pytest.raises(UsageError, match=r"--memory-limit: 10 MB, and this process holds \d+ MB already.*at least"):
+        with pytest.raises(UsageError, match=r"--memory-limit: 10 MB is too low: this process holds \d+ MB.*at least"):
             limits.fits(1)
     finally:
         limits.set_memory_limit(None)
@@ -117,6 +117,19 @@ def test_pixel_metrics_are_the_same_below_a_limit(limited: Path) -> None:
     assert isinstance(rank_pixels(masks, maps, limits.bounded_empty).normal, np.memmap)
     bounded = all_metrics(labels, scores, masks, maps, empty=limits.bounded_empty)
     assert bounded.values == all_metrics(labels, scores, masks, maps).values
+
+
+def test_what_long_work_needs_is_asked_for_before(tmp_path: Path) -> None:
+    limits.require_memory(10**12)
+    limits.set_memory_limit(limits.anonymous_memory() + (300 << 20), tmp_path)
+    try:
+        limits.require_memory(100 << 20)
+        with pytest.raises(UsageError, match=r"too low: this process holds \d+ MB already.*at least \d+ MB") as error:
+            limits.require_memory(400 << 20)
+        limits.set_memory_limit(limits.parse_memory(str(error.value).split("at least ")[1]), tmp_path)
+        limits.require_memory(400 << 20)
+    finally:
+        limits.set_memory_limit(None)
 
 
 def test_a_full_disk_is_said(limited: Path, monkeypatch: pytest.MonkeyPatch) -> None:

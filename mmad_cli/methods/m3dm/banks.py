@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmad_cli.methods.base import ProgressCallback
+from mmad_cli.methods.base import MAP_SIZE, ProgressCallback
 from mmad_cli.methods.m3dm.config import BankName, M3DMConfig
+from mmad_cli.methods.m3dm.patches import POINT_PATCHES
 from mmad_cli.types import FloatArray
 
 if TYPE_CHECKING:
     from mmad_cli.memory import BankConfig, MemoryBank
 
 Blocks = Callable[[], Iterator[FloatArray]]
+
+# of the RGB networks the finest
+_PATCH_SIDE = 8
+# per pixel of a sample: weight, sign and order, which the one-class machine makes
+_WEIGHED_BYTES = 24
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,26 @@ def plan_banks(config: M3DMConfig, streams: Mapping[BankName, tuple[Blocks, int]
         bank = selection(config, survey.rows, plans[0].kept if plans else 0)
         plans.append(BankPlan(name, survey, bank, *_scale(config, name, surveys)))
     return plans
+
+
+def require_room(config: M3DMConfig, channels: Mapping[BankName, int], weighed: int = 0) -> None:
+    """Make sure that a memory limit has room for scoring with banks of so many channels, and libraries for it.
+
+    weighed: samples that decision fusion learns from. Raises UsageError naming the smallest limit that does.
+    """
+    from mmad_cli.memory.limit import is_memory_limited, require_memory
+    from mmad_cli.memory.search import import_faiss
+
+    if not is_memory_limited():
+        return
+    # what is loaded later counts, too
+    import_faiss()
+    for name in ("torch", "PIL.Image", *(["sklearn.linear_model"] if weighed else [])):
+        import_module(name)
+    patches = {"points": POINT_PATCHES, "fused": POINT_PATCHES, "rgb": (config.rgb_size // _PATCH_SIDE) ** 2}
+    rows = [4 * patches[name] * width for name, width in channels.items()]
+    # those of one bank also normalised, without their repetitions, and centred
+    require_memory(sum(rows) + 3 * max(rows) + weighed * _WEIGHED_BYTES * MAP_SIZE**2)
 
 
 def selection(config: M3DMConfig, rows: int, first_kept: int) -> BankConfig:

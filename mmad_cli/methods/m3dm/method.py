@@ -25,7 +25,7 @@ from mmad_cli.methods.base import (
     SampleFeatures,
     View,
 )
-from mmad_cli.methods.m3dm.banks import filters_zeros, fit_bank, plan_banks, selection
+from mmad_cli.methods.m3dm.banks import filters_zeros, fit_bank, plan_banks, require_room, selection
 from mmad_cli.methods.m3dm.config import BUILTIN, CORRECTED, UFF_WEIGHTS, BankName, M3DMConfig
 from mmad_cli.methods.m3dm.dlf import Coefficients, DecisionFusion, one_class_coefficients
 from mmad_cli.methods.m3dm.patches import (
@@ -202,6 +202,8 @@ class M3DM:
             self._fusion_network()
         plans = plan_banks(self.config, self._streams(train))
         weighed = self._fusion_samples(train, validation)
+        if len(weighed):
+            require_room(self.config, {plan.name: plan.survey.channels for plan in plans}, len(weighed))
         tell = SharedProgress(progress, sum(plan.kept for plan in plans) + len(weighed))
         stream = np.random.RandomState(seed)
         self.banks_ = {}
@@ -254,6 +256,7 @@ class M3DM:
         from mmad_cli.memory import MemoryBank
 
         state = json.loads((folder / _STATE_FILE).read_text())
+        require_room(self.config, {name: size[1] for name, size in state["banks"].items()})
         banks = {name: MemoryBank.load(folder / _bank_file(name), self.device) for name in self.config.parts}
         sizes = {name: list(bank.rows_.shape) for name, bank in banks.items()}
         if sizes != state["banks"] or self.config.needs_decision_fusion != ("fusion" in state):
@@ -485,9 +488,11 @@ class M3DM:
 
     def _fit_fusion(self, samples: FeatureSet, progress: ProgressCallback) -> DecisionFusion:
         """Score the samples against the banks and learn the weights. Holds one number per pixel, bank and sample."""
+        from mmad_cli.memory.limit import bounded_empty
+
         width, pixels = len(self.config.parts), MAP_SIZE * MAP_SIZE
         image_rows = np.empty((len(samples), width), dtype=np.float64)
-        pixel_rows = np.empty((len(samples) * pixels, width), dtype=np.float64)
+        pixel_rows = bounded_empty((len(samples) * pixels, width), np.float64)
         for i, sample in enumerate(samples):
             image_rows[i], maps = self._weighted(self.bank_scores(sample))
             for column, one in enumerate(maps):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mmad_cli.errors import DataError, UsageError, WeightsError
+from mmad_cli.memory import limit as limits
 from mmad_cli.memory import patch_distances, reweighted_score
 from mmad_cli.memory.search import FlatIndex
 from mmad_cli.methods import build_config, get_method
@@ -119,6 +120,37 @@ def test_filtered_zero_row_is_the_background_patch(make_method: Make, features_f
     np.testing.assert_array_equal(bank.rows_[-1], bank.normalise(np.zeros(6))[None][0])
     assert (bank.rows_[:-1] != bank.rows_[-1]).any(axis=1).all()
     assert bank.picks_[:-1].max() < filled
+
+
+@pytest.mark.parametrize("step", ["fit", "load"])
+def test_a_memory_limit_that_is_too_low_is_said_before_the_work(
+    step: str, make_method: Make, features_for: Features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names a limit with which the same process goes on."""
+    method, second = (make_method(THREE, coreset_fraction=0.05) for _ in range(2))
+    train = features_for(method, 1)
+    method.fit(train, NOTHING, seed=0)
+    method.save(tmp_path)
+
+    def work() -> None:
+        if step == "fit":
+            second.fit(train, NOTHING, seed=0)
+        else:
+            second.load(tmp_path)
+
+    taken = limits.anonymous_memory()
+    # nothing moves between the complaint and the second try
+    monkeypatch.setattr(limits, "_taken", lambda: taken)
+    try:
+        limits.set_memory_limit(taken + (64 << 20), tmp_path / "work")
+        with pytest.raises(UsageError, match=r"--memory-limit: \d+ MB is too low.*at least \d+ MB") as error:
+            work()
+        assert not hasattr(second, "banks_")
+        limits.set_memory_limit(limits.parse_memory(str(error.value).split("at least ")[1]), tmp_path / "work")
+        work()
+    finally:
+        limits.set_memory_limit(None)
+    np.testing.assert_array_equal(second.banks_["points"].rows_, method.banks_["points"].rows_)
 
 
 def test_zero_rows_are_removed_for_the_projection(make_method: Make, features_for: Features) -> None:
