@@ -4,7 +4,9 @@ import argparse
 import functools
 import hashlib
 import http.server
+import os
 import re
+import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -209,20 +211,48 @@ def stand_ins() -> Callable[[str], dict[str, Any]]:
     return lambda name: dict(_stand_ins(name))
 
 
+def _write_checkpoint(path: Path, name: str, tensors: dict[str, Any]) -> Path:
+    import torch
+
+    content: dict[str, Any] = tensors
+    if name.startswith("point"):
+        content = {"base_model": tensors, "optimizer": {}, "epoch": 300, "metrics": {}, "best_metrics": {}}
+    elif name == "m3dm_uff":
+        content = {"model": tensors, "epoch": 0, "args": argparse.Namespace(lr=0.003)}
+    torch.save(content, path)
+    return path
+
+
 @pytest.fixture
 def checkpoint_file(tmp_path: Path) -> Callable[..., Path]:
     """Writes tensors in the layout of the published files of `name`."""
+    return lambda name, tensors: _write_checkpoint(tmp_path / f"{name}.pth", name, tensors)
 
-    def write(name: str, tensors: dict[str, Any]) -> Path:
-        import torch
 
-        content: dict[str, Any] = tensors
-        if name.startswith("point"):
-            content = {"base_model": tensors, "optimizer": {}, "epoch": 300, "metrics": {}, "best_metrics": {}}
-        elif name == "m3dm_uff":
-            content = {"model": tensors, "epoch": 0, "args": argparse.Namespace(lr=0.003)}
-        path = tmp_path / f"{name}.pth"
-        torch.save(content, path)
-        return path
+@pytest.fixture(scope="session")
+def _registry(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """(name in the registry, golden name) -> a weights folder that holds the stand-in, imported once."""
 
-    return write
+    @functools.cache
+    def installed(name: str, golden_name: str) -> Path:
+        from mmad_cli.backbones.weights import import_file
+
+        root = tmp_path_factory.mktemp("registry")
+        checkpoint = _write_checkpoint(root / "published.pth", name, _stand_ins(golden_name))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MMAD_WEIGHTS", str(root / "weights"))
+            import_file(name, checkpoint)
+        checkpoint.unlink()
+        return root / "weights"
+
+    return installed
+
+
+@pytest.fixture
+def imported(weights_folder: Path, _registry: Callable[[str, str], Path]) -> Callable[..., None]:
+    """`imported(name, golden_name)`: the test's registry holds the stand-in of that name; its files are links."""
+
+    def install(name: str, golden_name: str | None = None) -> None:
+        shutil.copytree(_registry(name, golden_name or name), weights_folder, copy_function=os.link)
+
+    return install

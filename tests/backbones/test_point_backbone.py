@@ -41,12 +41,6 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def imported(stand_ins: StandIns, checkpoint_file: CheckpointFile) -> Callable[[str], None]:
-    """Puts the stand-in weights of a network into the registry."""
-    return lambda network: import_file(network, checkpoint_file(network, stand_ins(network)))
-
-
 def relative(ours: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
 

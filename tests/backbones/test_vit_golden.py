@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from mmad_cli.backbones import FeatureSpec, create
-from mmad_cli.backbones.weights import import_file
 from mmad_cli.types import Sample
 
 MODEL = "vit_base_patch8_224.dino"
@@ -27,13 +24,12 @@ def relative(ours: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize(("name", "index"), [("train0", 0), ("stain", STAIN)])
 def test_published_tokens(
     golden: Callable[[str], dict[str, np.ndarray]],
-    stand_ins: Callable[[str], dict[str, Any]],
-    checkpoint_file: Callable[..., Path],
+    imported: Callable[..., None],
     golden_sample: Callable[[int], Sample],
     name: str,
     index: int,
 ) -> None:
-    import_file(MODEL, checkpoint_file(MODEL, stand_ins("vit_base_patch8_224_dino")))
+    imported(MODEL, "vit_base_patch8_224_dino")
     backbone = create(FeatureSpec.timm(MODEL))
     seen: dict[str, np.ndarray] = {}
     network = backbone._network  # type: ignore[attr-defined]
