@@ -29,6 +29,28 @@ def pytest_report_header() -> str:
     return f"temporary files: {folder}, {shutil.disk_usage(folder).free / 1e9:.1f} GB free (2 GB are enough)"
 
 
+# Minutes each, or tests of many seconds: begun last, one of them would leave the other workers idle at the end. Those
+# that share features and inputs stand side by side, so that one worker makes them.
+_FIRST = (
+    "methods/m3dm/test_m3dm_e2e.py",
+    "methods/mapping/test_cmdr_inference.py",
+    "methods/mapping/test_cfm_golden.py",
+    "methods/mapping/test_mafr_golden.py",
+    "methods/mapping/test_cmdr_training.py",
+    "stages/test_cluster.py",
+    "stages/test_interrupts.py",
+    "cli/test_environment.py",
+    "docs/test_workflows.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest modules first; all others keep their order."""
+    tests = Path(__file__).parent
+    place = {tests / name: i for i, name in enumerate(_FIRST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
 Scan = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 

@@ -69,7 +69,7 @@ def _closed_pipe() -> int:
     return writer
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("list", "methods"), ("list", "references", "--json")])
+@pytest.mark.parametrize("arguments", [("--help",), ("list", "references"), ("list", "references", "--json")])
 def test_a_reader_that_leaves_is_no_error(mmad_process: Any, arguments: tuple[str, ...]) -> None:
     ended = mmad_process(*arguments, capture_output=False, stdout=_closed_pipe(), stderr=subprocess.PIPE)
     assert ended.returncode == 0
@@ -100,7 +100,7 @@ def test_a_log_reader_that_leaves_does_not_stop_the_work(mmad_process: Any, data
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-@pytest.mark.parametrize("arguments", [("list", "methods"), ("list", "methods", "--json"), ("--help",)])
+@pytest.mark.parametrize("arguments", [("list", "references"), ("list", "references", "--json"), ("--help",)])
 def test_output_onto_a_full_disk_is_said(mmad_process: Any, arguments: tuple[str, ...]) -> None:
     with Path("/dev/full").open("w") as full:
         ended = mmad_process(*arguments, capture_output=False, stdout=full, stderr=subprocess.PIPE)
@@ -110,7 +110,7 @@ def test_output_onto_a_full_disk_is_said(mmad_process: Any, arguments: tuple[str
 
 
 def test_closed_standard_output(mmad_process: Any) -> None:
-    ended = mmad_process("list", "methods", preexec_fn=lambda: os.close(1))
+    ended = mmad_process("list", "references", preexec_fn=lambda: os.close(1))
     assert ended.returncode == 0
     assert "Traceback" not in ended.stderr
 
