@@ -378,6 +378,16 @@ def test_a_future_always_ends(status: str) -> None:
         future.result(timeout=1)
 
 
+def test_a_package_that_a_worker_lacks_is_said() -> None:
+    async def result() -> None:
+        raise ModuleNotFoundError("No module named 'faiss'")
+
+    future: Future[Any] = Future()
+    asyncio.run(_pass_on(SimpleNamespace(status="error", result=result), future))
+    with pytest.raises(UsageError, match=r"a worker cannot do this \(No module named 'faiss'\).*same packages"):
+        future.result(timeout=1)
+
+
 def test_a_scheduler_without_workers_ends_the_command() -> None:
     class NoWorkerError(Exception):
         """As the scheduler raises it after `no-workers-timeout`."""
