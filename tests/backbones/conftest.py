@@ -229,15 +229,17 @@ def checkpoint_file(tmp_path: Path) -> Callable[..., Path]:
     return lambda name, tensors: _write_checkpoint(tmp_path / f"{name}.pth", name, tensors)
 
 
-@pytest.fixture(scope="session")
-def _registry(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """(name in the registry, golden name) -> a weights folder that holds the stand-in, imported once."""
+@pytest.fixture(scope="module")
+def _registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], Path]]:
+    """(name in the registry, golden name) -> a weights folder that holds the stand-in, imported once per module."""
+    roots: list[Path] = []
 
     @functools.cache
     def installed(name: str, golden_name: str) -> Path:
         from mmad_cli.backbones.weights import import_file
 
         root = tmp_path_factory.mktemp("registry")
+        roots.append(root)
         checkpoint = _write_checkpoint(root / "published.pth", name, _stand_ins(golden_name))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MMAD_WEIGHTS", str(root / "weights"))
@@ -245,7 +247,9 @@ def _registry(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
         checkpoint.unlink()
         return root / "weights"
 
-    return installed
+    yield installed
+    for root in roots:
+        shutil.rmtree(root)
 
 
 @pytest.fixture
