@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,28 +93,45 @@ def or_on_cpu(compute: Callable[[str], _Result], device: str, what: str) -> _Res
     return compute("cpu")
 
 
-def in_batches(
-    items: Sequence[_Item], size: int, compute: Callable[[Sequence[_Item]], list[_Result]], what: str
-) -> Iterator[_Result]:
-    """Results of all items in order, computed `size` at a time; in smaller batches, with a notice, where memory ends.
+class Batches(Generic[_Item, _Result]):
+    """Items go to a device `size` at a time, from now on fewer where its memory ends, to the CPU where one is too many.
 
-    Raises what compute raises when there is no memory for a single item.
+    Each change is a notice that names `what` is computed, and holds for later calls too. `on_cpu` makes what computes
+    without the device; None where the device is the CPU.
     """
-    begin = 0
-    while begin < len(items):
-        try:
-            results = compute(items[begin : begin + size])
-        except RuntimeError as error:
-            if size == 1 or not is_out_of_memory(error):
-                raise
-            results = None
-        if results is None:
-            _release()
-            size = max(1, size // 2)
-            _log.warning("%s: no memory left on the device, going on with batches of %d", what, size)
-            continue
-        begin += size
-        yield from results
+
+    def __init__(
+        self, size: int, what: str, on_cpu: Callable[[], Callable[[Sequence[_Item]], list[_Result]]] | None
+    ) -> None:
+        self._size, self._what, self._make = size, what, on_cpu
+        self._on_cpu: Callable[[Sequence[_Item]], list[_Result]] | None = None
+
+    def run(self, items: Sequence[_Item], compute: Callable[[Sequence[_Item]], list[_Result]]) -> list[_Result]:
+        """Results of all items in order.
+
+        Raises what compute raises when there is no memory for a single item and no other way to compute it.
+        """
+        results: list[_Result] = []
+        while len(results) < len(items):
+            some = items[len(results) : len(results) + self._size]
+            try:
+                results += (self._on_cpu or compute)(some)
+                continue
+            except RuntimeError as error:
+                if self._on_cpu or not is_out_of_memory(error) or (len(some) == 1 and self._make is None):
+                    raise
+            # outside of the handler, whose traceback holds the arrays that are in the way
+            self._shrink(len(some))
+        return results
+
+    def _shrink(self, tried: int) -> None:
+        _release()
+        if tried == 1 and self._make is not None:
+            _log.warning("%s: too little memory on the device, going on on the CPU", self._what)
+            self._on_cpu = self._make()
+            return
+        self._size = max(1, tried // 2)
+        _log.warning("%s: no memory left on the device, going on with batches of %d", self._what, self._size)
 
 
 def _release() -> None:

@@ -59,7 +59,12 @@ def unknown_name(kind: str, name: str, known: Iterable[str], option: str) -> Usa
 
 
 def unforeseen(error: BaseException) -> str:
-    """One line about an error that nobody foresaw: its kind, its words and where it was raised."""
+    """One line about an error that nobody foresaw: its kind, its words and where it was raised.
+
+    A GPU without memory is a likely one, whose place tells nothing; PyTorch is not imported to know its type.
+    """
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"{error}: the GPU has too little free memory for this; free it of other programs, or use --device cpu"
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
 

@@ -128,15 +128,23 @@ def _private_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MMAD_DATA", raising=False)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def torch_device(request: pytest.FixtureRequest) -> str:
-    """Devices that PyTorch forms of a computation are tested on: the CPU always, a GPU where there is one."""
+@pytest.fixture(params=["cpu", "pretended", pytest.param("cuda", marks=pytest.mark.gpu)])
+def torch_device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Devices that PyTorch forms of a computation are tested on: the CPU, and a GPU, pretended where there is none."""
     import torch
 
-    device = str(request.param)
-    if device == "cuda" and not torch.cuda.is_available():
+    device, there = str(request.param), torch.cuda.is_available()
+    if device == "cuda" and not there:
         pytest.skip("needs a CUDA device")
-    return device
+    if device != "pretended":
+        yield device
+    elif there:
+        pytest.skip("there is a CUDA device")
+    else:
+        from tests.pretended_cuda import pretended_cuda
+
+        with pretended_cuda():
+            yield "cuda"
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mmad_cli import devices
-from mmad_cli.devices import elements_that_fit, free_memory, in_batches, is_out_of_memory, or_on_cpu
+from mmad_cli.devices import Batches, elements_that_fit, free_memory, is_out_of_memory, or_on_cpu
+from mmad_cli.errors import unforeseen
 
 
 def exhausted() -> RuntimeError:
@@ -68,9 +69,11 @@ def test_on_the_cpu_there_is_nothing_to_fall_back_to() -> None:
     assert calls == ["cpu"]
 
 
-@pytest.mark.parametrize(("room", "sizes"), [(9, [4, 4, 2]), (3, [4, 2, 2, 2, 2, 2]), (1, [4, 2] + 10 * [1])])
-def test_batches_shrink(caplog: pytest.LogCaptureFixture, room: int, sizes: list[int]) -> None:
-    asked = []
+@pytest.mark.parametrize(
+    ("room", "sizes"), [(9, [4, 4, 2, 4]), (3, [4, 2, 2, 2, 2, 2, 2, 2]), (1, [4, 2, *14 * [1]]), (0, [4, 2, 1])]
+)
+def test_batches_shrink_for_good(caplog: pytest.LogCaptureFixture, room: int, sizes: list[int]) -> None:
+    asked, on_cpu = [], []
 
     def compute(items: Sequence[int]) -> list[int]:
         asked.append(len(items))
@@ -78,15 +81,37 @@ def test_batches_shrink(caplog: pytest.LogCaptureFixture, room: int, sizes: list
             raise exhausted()
         return [item * item for item in items]
 
-    assert list(in_batches(range(10), 4, compute, "features")) == [item * item for item in range(10)]
+    def slowly(items: Sequence[int]) -> list[int]:
+        on_cpu.append(len(items))
+        return [item * item for item in items]
+
+    batches: Batches[int, int] = Batches(4, "features", lambda: slowly)
+    assert batches.run(range(10), compute) == [item * item for item in range(10)]
+    assert batches.run(range(4), compute) == [0, 1, 4, 9]
     assert asked == sizes
     assert ("batches of" in caplog.text) == (room < 4)
+    assert on_cpu == ([] if room else 14 * [1])
+    assert ("features: too little memory on the device, going on on the CPU" in caplog.text) == (not room)
 
 
-def test_no_room_for_a_single_item() -> None:
+def test_no_room_for_a_single_item_and_no_other_device() -> None:
     def compute(items: Sequence[int]) -> list[int]:
         raise exhausted()
 
+    batches: Batches[int, int] = Batches(4, "features", None)
     with pytest.raises(torch.OutOfMemoryError):
-        list(in_batches(range(3), 4, compute, "features"))
-    assert list(in_batches([], 4, compute, "features")) == []
+        batches.run(range(3), compute)
+    assert batches.run([], compute) == []
+
+
+def test_another_error_is_not_taken_for_that() -> None:
+    def compute(items: Sequence[int]) -> list[int]:
+        raise RuntimeError("shapes do not fit")
+
+    batches: Batches[int, int] = Batches(4, "features", lambda: list)
+    with pytest.raises(RuntimeError, match="shapes"):
+        batches.run(range(3), compute)
+
+
+def test_the_error_says_what_to_do() -> None:
+    assert unforeseen(exhausted()).endswith("free it of other programs, or use --device cpu")

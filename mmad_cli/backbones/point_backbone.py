@@ -13,7 +13,7 @@ from mmad_cli.alignment.interpolation import NEIGHBOURS, nearest_centres
 from mmad_cli.backbones._checkpoints import build_with, read_checkpoint
 from mmad_cli.backbones.base import Features, float32
 from mmad_cli.backbones.weights import resolve
-from mmad_cli.devices import in_batches, sent
+from mmad_cli.devices import Batches, sent
 from mmad_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ class PointBackbone:
         self.spec = spec
         self._settings = cast("PointParams", spec.settings)
         self._device = torch.device(device)
+        kind = type(self)
+        on_cpu = None if self._device.type == "cpu" else lambda: kind(spec).extract
+        self._batches: Batches[Sample, Features] = Batches(self.batch_size, "point features", on_cpu)
         record = resolve(self._settings.network)
         built = build_with(self._architecture, read_checkpoint(record.path).content, str(record.path))
         self._network = built.to(self._device).eval().requires_grad_(False)
@@ -53,7 +56,7 @@ class PointBackbone:
     def extract(self, samples: Sequence[Sample]) -> list[Features]:
         """`tokens`, `centres`, `pixel`, `neighbours`, `weights` per sample; DataError for one with too few points."""
         # one by one on a CPU: as fast there, and a value never depends on which samples share a batch
-        return list(in_batches(samples, self.batch_size, self._batch, "point features"))
+        return self._batches.run(samples, self._batch)
 
     def _batch(self, samples: Sequence[Sample]) -> list[Features]:
         settings, device = self._settings, self._device.type

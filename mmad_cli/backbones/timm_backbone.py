@@ -19,7 +19,7 @@ from mmad_cli.backbones.base import Features
 from mmad_cli.backbones.builtin import RGB, is_builtin
 from mmad_cli.backbones.cloud_images import normal_image, relief_image, sample_bilinear, shaded_views
 from mmad_cli.backbones.weights import WeightsRecord, resolve
-from mmad_cli.devices import in_batches, sent
+from mmad_cli.devices import Batches, sent
 from mmad_cli.errors import DataError, UsageError, WeightsError
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ RENDER_GRID = 56
 
 _BATCH_CPU = 8
 _BATCH_GPU = 32
-# images in one pass through the network on a GPU: while it computes, the next ones are resized and sent
-_STEP_GPU = 8
+# passes through the network per batch on a GPU: while it computes, the next images are resized and sent
+_STEPS_GPU = 4
 
 # waits for features that are being computed
 _Running = Callable[[], list[Features]]
@@ -51,6 +51,9 @@ class TimmBackbone:
         self.spec = spec
         self._settings = cast("TimmParams", spec.settings)
         self._device = torch.device(device)
+        kind = type(self)
+        on_cpu = None if self._device.type == "cpu" else lambda: kind(spec).extract
+        self._batches: Batches[Sample, Features] = Batches(self.batch_size, "image features", on_cpu)
         record = resolve(self._settings.model)
         self._network = _load(self._settings, record).to(self._device, self._dtype).eval().requires_grad_(False)
         self._mean, self._std = (values.to(self._device) for values in _constants(self._settings))
@@ -62,29 +65,30 @@ class TimmBackbone:
 
     def extract(self, samples: Sequence[Sample]) -> list[Features]:
         """`out{i}` float32 (C, h, w) per chosen output, or `tokens` float32 (P, C) and `grid` int32 (2,)."""
-        if self.spec.input == "render":
-            return [self._rendered(sample) for sample in samples]
-        return list(in_batches(samples, self.batch_size, self._batch, "image features"))
+        return self._batches.run(samples, self._batch)
 
     def _batch(self, samples: Sequence[Sample]) -> list[Features]:
+        step = self._step(len(samples))
+        if self.spec.input == "render":
+            return [self._rendered(sample, step) for sample in samples]
         if self._device.type == "cpu":
-            return self._features(map(self._image, samples))
+            return self._features(map(self._image, samples), step)
         import torch
 
         # one GPU takes images faster than one core resizes them
         with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-            return self._features(pool.map(self._image, samples))
+            return self._features(pool.map(self._image, samples), step)
 
-    @property
-    def _step(self) -> int:
+    def _step(self, batch: int) -> int:
+        """Images in one pass through the network."""
         # one by one on a CPU: as fast there, and a value never depends on which samples share a batch
-        return 1 if self._device.type == "cpu" else _STEP_GPU
+        return 1 if self._device.type == "cpu" else max(1, batch // _STEPS_GPU)
 
-    def _features(self, images: Iterable[FloatArray]) -> list[Features]:
+    def _features(self, images: Iterable[FloatArray], step: int) -> list[Features]:
         """Features of each image, one step behind what the device computes."""
         waiting, found = iter(images), list[Features]()
         running: _Running = list
-        while some := list(islice(waiting, self._step)):
+        while some := list(islice(waiting, step)):
             started = self._start(np.stack(some))
             found += running()
             running = started
@@ -112,7 +116,7 @@ class TimmBackbone:
             return relief_image(resized.xyz)
         return np.repeat(resized.xyz[None, ..., 2], 3, axis=0)
 
-    def _rendered(self, sample: Sample) -> Features:
+    def _rendered(self, sample: Sample, step: int) -> Features:
         """Cells of a 56 x 56 grid: features of the points under them, averaged over all views and scaled to length 1.
 
         A feature map is read bilinearly where a point lies in its view. Source: CPMF (arXiv 2303.13194), section 3.3.
@@ -126,7 +130,7 @@ class TimmBackbone:
             raise DataError(f"{sample.id}: no valid 3D points, so there is nothing to render; check its xyz file")
         views = shaded_views(xyz)
         total: Any = 0
-        for view, features in zip(views, self._features(view.image for view in views), strict=True):
+        for view, features in zip(views, self._features((view.image for view in views), step), strict=True):
             maps = [_as_map(features, name) for name in features if name != "grid"]
             total = total + np.concatenate([sample_bilinear(one, view.at, settings.size) for one in maps], axis=1)
         points = total / len(views)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -13,13 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mmad_cli.devices import elements_that_fit, free_memory, or_on_cpu, shared_tensor
+from mmad_cli.devices import elements_that_fit, free_memory, is_out_of_memory, or_on_cpu, shared_tensor
 from mmad_cli.memory.expansion import expanded_distances, expanded_distances_on_device, squared_norms
 from mmad_cli.memory.limit import fits, tile_elements
 from mmad_cli.types import FloatArray, IndexArray
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_log = logging.getLogger(__name__)
 
 _QUERY_TILE = 4096
 _TILE_ELEMENTS = 1 << 24
@@ -42,10 +45,10 @@ class FlatIndex:
     """Exact Euclidean search over bank rows (M, C).
 
     The neighbours are found by matrix products: with FAISS (IndexFlatL2) on the CPU and on a GPU that FAISS sees,
-    with PyTorch in tiles on a GPU that it does not. Their distances are then evaluated again by differences, so that
-    an exact hit has distance exactly 0. Both sides are centred first, which keeps the cancellation in the products
-    small. `backend` "faiss" or "torch" forces one. When a GPU has no memory for the rows or for a search, a notice says
-    so and the CPU takes over for good; `device` tells where the searches run.
+    with PyTorch in tiles on a GPU that it does not see or was not built for. Their distances are then evaluated again
+    by differences, so that an exact hit has distance exactly 0. Both sides are centred first, which keeps the
+    cancellation in the products small. `backend` "faiss" or "torch" forces one. When a GPU has no memory for the rows
+    or for a search, a notice says so and the CPU takes over for good; `device` tells where the searches run.
 
     Raises ValueError for rows that are not 2-D, empty or not finite, and for an unknown backend.
     """
@@ -325,7 +328,13 @@ def _make_searcher(rows: FloatArray, shift: FloatArray, device: str, backend: st
     if not on_gpu and (isinstance(rows, np.memmap) or not fits(rows.nbytes)):
         return _TiledFaissSearcher(rows, shift)
     gpus = getattr(import_faiss(), "get_num_gpus", lambda: 0)() if on_gpu else 0
-    if backend == "faiss" or gpus or not on_gpu:
-        number = device.partition(":")[2]
-        return _FaissSearcher(rows, shift, int(number or 0) if gpus else None)
+    if not gpus:
+        wanted = backend == "faiss" or not on_gpu
+        return _FaissSearcher(rows, shift, None) if wanted else _TorchSearcher(rows, shift, device)
+    try:
+        return _FaissSearcher(rows, shift, int(device.partition(":")[2] or 0))
+    except RuntimeError as error:
+        if backend == "faiss" or is_out_of_memory(error):
+            raise
+        _log.warning("FAISS does not run on this GPU (%s), going on without it", str(error).strip().splitlines()[0])
     return _TorchSearcher(rows, shift, device)

@@ -294,7 +294,7 @@ def test_memory_that_ends_makes_smaller_batches(
         return computed(some)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(backbone, "_batch", with_room_for_one)
-    monkeypatch.setattr(type(backbone), "batch_size", 4)
+    monkeypatch.setattr(backbone._batches, "_size", 4)  # type: ignore[attr-defined]
     found = backbone.extract(samples)
     assert all(np.array_equal(a[n], b[n]) for a, b in zip(expected, found, strict=True) for n in a)
     assert "batches of 1" in caplog.text

@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mmad_cli.backbones import Backbone, FeatureSpec, create
+from mmad_cli.backbones import Backbone, FeatureSpec, create, timm_backbone
 from mmad_cli.backbones._timm import import_timm, torchvision_state
 from mmad_cli.backbones.specs import TimmParams
 from mmad_cli.backbones.timm_backbone import output_shapes
 from mmad_cli.backbones.weights import import_file
 from mmad_cli.errors import UsageError, WeightsError
 from mmad_cli.types import Sample
+from tests.pretended_cuda import pretended_cuda
 
 RandomState = Callable[[str], dict[str, Any]]
 GoldenSample = Callable[[int], Sample]
@@ -244,18 +245,21 @@ def test_timm_imports_whatever_torchvision_is_like() -> None:
     assert torchvision_state() in ("complete", "python only", "missing")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("spec", [FeatureSpec.timm(CNN, outputs=[2, 3]), FeatureSpec.timm(VIT)])
 def test_steps_of_a_gpu_keep_the_order(
     install: Any, golden_sample: GoldenSample, monkeypatch: pytest.MonkeyPatch, spec: FeatureSpec
 ) -> None:
     """While one step is computed the next one is prepared; features still come in the order of the samples."""
     install(spec.params["model"])
-    backbone = create(spec)
     samples = [golden_sample(i) for i in (0, 5, 8, 3, 1)]
-    alone = backbone.extract(samples)
-    monkeypatch.setattr(type(backbone), "_step", 2)
-    monkeypatch.setattr(type(backbone), "batch_size", 4)
-    for one, other in zip(alone, backbone.extract(samples), strict=True):
+    alone = create(spec).extract(samples)
+    monkeypatch.setattr(timm_backbone, "_STEPS_GPU", 2)
+    with pretended_cuda():
+        backbone = create(spec, "cuda")
+        together = backbone.extract(samples)
+        assert next(backbone._network.parameters()).is_cuda  # type: ignore[attr-defined]
+    for one, other in zip(alone, together, strict=True):
         for name in one:
             assert one[name].dtype == other[name].dtype
             np.testing.assert_allclose(other[name], one[name], rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from mmad_cli.memory import (
     patch_distances,
     search,
 )
+from tests.pretended_cuda import pretended_cuda
 
 GPU = "cpu:0"
 
@@ -70,6 +72,59 @@ def test_other_errors_of_a_device_are_not_hidden(clustered, monkeypatch):
     monkeypatch.setattr(index._searcher, "search", fails)
     with pytest.raises(RuntimeError, match="device-side assert"):
         index.nearest(clustered(10, 8), 1)
+
+
+def test_a_gpu_that_faiss_was_not_built_for_is_searched_without_faiss(clustered, monkeypatch, caplog):
+    rows, queries = clustered(900, 30), clustered(50, 30, seed=1)
+    expected = FlatIndex(rows).nearest(queries, 3)
+    faiss = search.import_faiss()
+
+    def resources() -> Any:
+        raise RuntimeError("Error: no kernel image is available for execution on the device\nStack trace")
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
+    monkeypatch.setattr(faiss, "StandardGpuResources", resources, raising=False)
+    monkeypatch.setattr(faiss, "GpuIndexFlatConfig", SimpleNamespace, raising=False)
+    with pretended_cuda():
+        index = FlatIndex(rows, "cuda")
+        found = index.nearest(queries, 3)
+        assert index.device == "cuda"
+        assert "FAISS does not run on this GPU (Error: no kernel image is available for execution on" in caplog.text
+        assert "Stack trace" not in caplog.text
+        with pytest.raises(RuntimeError, match="no kernel image"):
+            FlatIndex(rows, "cuda", "faiss")
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    assert np.array_equal(found[1], expected[1])
+
+
+MB = 1 << 20
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_selection_stays_within_the_memory_of_the_device(clustered, dtype):
+    """Five times the rows is enough; a device without limits may take more for larger tiles."""
+    rows = clustered(10_000, 256)
+    peaks = []
+    for free in (1 << 40, 50 * MB):
+        with pretended_cuda(free) as device:
+            before = device.used
+            picks = greedy_coreset(rows, 100, device="cuda", dtype=dtype)
+            peaks.append(device.peak - before)
+        assert np.array_equal(picks, greedy_coreset(rows, 100, dtype=dtype))
+    assert peaks[1] < 50 * MB < peaks[0]
+
+
+@pytest.mark.parametrize(("free", "device"), [(1 << 40, "cuda"), (40 * MB, "cuda"), (12 * MB, "cpu")])
+def test_a_search_stays_within_the_memory_of_the_device(clustered, free, device, caplog):
+    rows, queries = clustered(10_000, 256), clustered(500, 256, seed=1)
+    expected = FlatIndex(rows, "cpu", "torch").nearest(queries, 3)
+    with pretended_cuda(free):
+        index = FlatIndex(rows, "cuda", "torch")
+        found = index.nearest(queries, 3)
+    assert index.device == device
+    assert ("no memory left on cuda" in caplog.text) == (device == "cpu")
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    assert np.array_equal(found[1], expected[1])
 
 
 @pytest.mark.parametrize("kind", ["greedy", "approximate"])

@@ -193,7 +193,7 @@ class _Saver:
             return 0
         device = network.xyz_norm.weight.device
         for name, parameter in network.named_parameters():
-            parameter.data = tensors[f"network/{name}"].to(device)
+            parameter.detach().copy_(tensors[f"network/{name}"])
             optimiser.state[parameter] = {
                 part: tensors[f"{part}/{name}"].to(device if part != "step" else "cpu")
                 for part in ("step", "exp_avg", "exp_avg_sq")

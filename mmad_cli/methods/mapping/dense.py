@@ -6,6 +6,7 @@ Both streams are linear in their tokens: RGB by bilinear interpolation, points b
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -214,7 +215,10 @@ def _product(operator: Any, tokens: FloatArray | None, device: str) -> Tensor:
         return torch.from_numpy(np.asarray(operator @ tokens, dtype=np.float32))
     parts = (operator.indptr.astype(np.int64), operator.indices.astype(np.int64), operator.data)
     rows, columns, values = (torch.from_numpy(part).to(device) for part in parts)
-    sparse = torch.sparse_csr_tensor(rows, columns, values, size=operator.shape)
+    with warnings.catch_warnings():
+        # each process would tell once that these are young in PyTorch
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
+        sparse = torch.sparse_csr_tensor(rows, columns, values, size=operator.shape, check_invariants=False)
     return sparse @ torch.from_numpy(tokens).to(device)
 
 
