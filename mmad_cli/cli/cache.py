@@ -34,7 +34,7 @@ def info(store: StoreOption = None, json: Json = False) -> None:
     if json:
         print_json({"root": place.address, "usage": [asdict(line) for line in usage]})
         return
-    table = Table(title=f"store {place.address}", title_justify="left")
+    table = Table()
     table.add_column("stage")
     table.add_column("category")
     table.add_column("files", justify="right")
@@ -42,6 +42,7 @@ def info(store: StoreOption = None, json: Json = False) -> None:
     for line in usage:
         table.add_row(line.stage, line.category, str(line.files), f"{line.bytes / 1e6:.1f}")
     table.add_row("all", "", str(sum(u.files for u in usage)), f"{sum(u.bytes for u in usage) / 1e6:.1f}")
+    print_out(f"store {place.address}")
     print_rich(table)
 
 

@@ -30,6 +30,8 @@ def check(data: Data, category: Categories = None, workers: Workers = None, json
     if json:
         print_json(found.as_dict())
     else:
+        # not as the title of the table, which is broken where the table is narrower than the path
+        print_out(f"{found.root} (layout: {found.layout})")
         print_rich(_counts(found))
         for finding in found.findings:
             place = f"{finding.file}: " if finding.file else f"{finding.category}: " if finding.category else ""
@@ -44,7 +46,7 @@ def _counts(found: CheckReport) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"{escape(str(found.root))} (layout: {found.layout})", title_justify="left")
+    table = Table()
     table.add_column("category")
     table.add_column("split")
     table.add_column("defect")

@@ -248,8 +248,8 @@ class _Measure(Protocol):
     def refresh(self, candidates: Tensor, values: Tensor, seen: Tensor, begin: int) -> Tensor:
         """Smallest value of every candidate (K,) against all picks; `seen` (K,) says how many it has counted."""
 
-    def prepare(self, candidates: Tensor) -> Callable[[NDArray[Any], int], None]:
-        """For candidates (T,), a function that lowers values (T,) to the distance from the j-th of them."""
+    def prepare(self, candidates: Tensor, values: Tensor) -> Callable[[NDArray[Any], int], None]:
+        """For candidates (T,) of these values (T,), a function that lowers values to the distance from the j-th."""
 
     def resolution(self) -> float:
         """Value below which rounding would disturb the order of the last candidates; asks for `refine`."""
@@ -374,7 +374,7 @@ class _Euclidean:
             picked = self.products.centres[nearest, :-1].mul(-0.5)
             values[some] = (rows[some, :-1] - picked).square_().sum(1)
 
-    def prepare(self, candidates: Tensor) -> Callable[[NDArray[Any], int], None]:
+    def prepare(self, candidates: Tensor, values: Tensor) -> Callable[[NDArray[Any], int], None]:
         rows, norms = self.products.gather(candidates)
         squared = self.products.pairwise(rows, norms).fill_diagonal_(0)
         matrix = squared.cpu().numpy()
@@ -463,19 +463,25 @@ class _Half:
         bound = values.to(nearest.dtype) * (1 + _HALF_ERROR)
         return torch.minimum(nearest, bound).add_(_HALF_TINY).square_().add_(noise)
 
-    def prepare(self, candidates: Tensor) -> Callable[[NDArray[Any], int], None]:
+    def prepare(self, candidates: Tensor, values: Tensor) -> Callable[[NDArray[Any], int], None]:
         rows, norms = self.products.gather(candidates)
-        matrix = self.products.pairwise(rows, norms).sub_(8 * self._noise * norms).cpu().numpy()
-        half = self.table[candidates].cpu()
+        squared = self.products.pairwise(rows, norms).sub_(8 * self._noise * norms)
+        matrix = self._pairs_within(squared, candidates, values).cpu().numpy()
+        return lambda values, j: _lower(values, matrix[j])
 
-        def lower(values: NDArray[Any], j: int) -> None:
-            limit = np.square(values * (1 + _HALF_ERROR) + _HALF_TINY)
-            near = np.flatnonzero(matrix[j] <= limit)
-            exact = _half_distances(half[torch.from_numpy(near)], half[j]).numpy()
-            values[near] = np.minimum(values[near], exact)
-            values[j] = 0.0
+    def _pairs_within(self, squared: Tensor, candidates: Tensor, values: Tensor) -> Tensor:
+        """Distances among candidates (T, T), infinite where they cannot lower a value, which only gets smaller.
 
-        return lower
+        All at once, though few of them are asked for: a device has many pairs done sooner than a few per pick.
+        """
+        limit = values.to(squared.dtype).mul(1 + _HALF_ERROR).add_(_HALF_TINY).square_()
+        exact = torch.full(squared.shape, torch.inf, dtype=torch.float32, device=squared.device)
+        for first, last in _spans(len(squared), max(1, _tile_elements(self.table) // (4 * len(squared)))):
+            pairs = (squared[first:last] <= limit).nonzero()
+            for a, b in _spans(len(pairs), _tile_rows(self.table)):
+                one, other = pairs[a:b, 0] + first, pairs[a:b, 1]
+                exact[one, other] = _half_distances(self.table[candidates[other]], self.table[candidates[one]])
+        return exact.fill_diagonal_(0.0)
 
     def resolution(self) -> float:
         return 0.0
@@ -581,7 +587,7 @@ class _LazyGreedy:
     def _choose(self, rows: Tensor, values: Tensor, floor: float, first_at_floor: int) -> int:
         """Greedy picks among rows (T,) while no other row can be farther; the number made."""
         index, current = rows.cpu().numpy(), values.cpu().numpy().copy()
-        lower = self.measure.prepare(rows)
+        lower = self.measure.prepare(rows, values)
         made: list[int] = []
         room = self.count - len(self.picks)
         least = max(floor, self.measure.resolution())
