@@ -25,7 +25,7 @@ from mmad_cli.alignment.interpolation import nearest_centres
 from mmad_cli.methods.checks import GeneratedSample
 from mmad_cli.methods.cmdr_iad.networks import HEADS, WINDOW, WindowAttention
 from mmad_cli.methods.mafr.networks import Decoder
-from mmad_cli.methods.mapping.dense import POINTS, RGB
+from mmad_cli.methods.mapping.config import POINTS, RGB
 from mmad_cli.methods.mapping.method import MappingMethod
 from mmad_cli.methods.registry import build_config, get_method
 

@@ -17,7 +17,7 @@ ENTRY_POINT_GROUP = "mmad.methods"
 # name -> "module:attribute" of a MethodDefinition; imported only when asked for
 _BUILT_IN = {
     "btf": "mmad_cli.methods.btf:DEFINITION",
-    "cfm": "mmad_cli.methods.cfm:DEFINITION",
+    "cfm": "mmad_cli.methods.cfm.method:DEFINITION",
     "cmdr_iad": "mmad_cli.methods.cmdr_iad.method:DEFINITION",
     "g2sf": "mmad_cli.methods.g2sf.method:DEFINITION",
     "iaenet": "mmad_cli.methods.iaenet.method:DEFINITION",

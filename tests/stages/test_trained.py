@@ -16,7 +16,8 @@ from torch import nn
 
 from mmad_cli.errors import UsageError
 from mmad_cli.methods.btf import BTF, DEFINITION
-from mmad_cli.methods.mapping.trainer import TrainerConfig, train
+from mmad_cli.methods.mapping.config import TrainerConfig
+from mmad_cli.methods.mapping.trainer import train
 from mmad_cli.results.schema import RunResult
 from mmad_cli.stages import api
 from mmad_cli.stages.pictures import RunPictures

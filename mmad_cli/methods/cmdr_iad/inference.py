@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmad_cli.methods.cmdr_iad.config import POLYURETHANE_SMOOTHING, RGB_SMOOTHING, STREAMS, NetworkName
 from mmad_cli.methods.cmdr_iad.networks import (
     RGB_WIDTH,
-    STREAMS,
     WINDOW,
     Mapper,
-    NetworkName,
     PointDecoder,
     RGBDecoder,
     square_side,
@@ -32,11 +31,6 @@ from mmad_cli.methods.mapping.scoring import smooth
 
 # features shorter than this are not scaled to length 1
 LENGTH_EPS = 1e-12
-
-# box means that the reconstruction error of RGB goes through before it is joined with anything
-RGB_SMOOTHING = (5, 5, 5, 7, 7)
-# the one box mean of the variant for polyurethane
-POLYURETHANE_SMOOTHING = (5,)
 
 GATE_WINDOW = 7
 GATE_BASE = 4.0

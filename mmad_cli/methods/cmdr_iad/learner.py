@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mmad_cli.methods.cmdr_iad.losses import LossName, masked_loss, row_loss
-from mmad_cli.methods.cmdr_iad.networks import STREAMS, Mapper, NetworkName, RGBDecoder
+from mmad_cli.methods.cmdr_iad.config import STREAMS, LossName, NetworkName
+from mmad_cli.methods.cmdr_iad.losses import masked_loss, row_loss
+from mmad_cli.methods.cmdr_iad.networks import Mapper, RGBDecoder
 from mmad_cli.methods.mapping.dense import DenseFeatures
 
 # pixels that go through a mapper at a time: 63 MB per hidden layer

@@ -5,14 +5,12 @@ Source: CMDR-IAD (arXiv 2603.03939), training losses, and its published code.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-COSINE_EPS = 1e-6
+from mmad_cli.methods.cmdr_iad.config import LossName
 
-LossName = Literal["cosine", "l2"]
+COSINE_EPS = 1e-6
 
 
 def masked_loss(predicted: Tensor, observed: Tensor, valid: Tensor, loss: LossName = "cosine") -> Tensor:

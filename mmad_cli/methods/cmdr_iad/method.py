@@ -3,122 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from pydantic import Field, model_validator
 
 from mmad_cli.methods.base import MAP_SIZE, MethodDefinition, Prediction, SampleFeatures
-from mmad_cli.methods.cmdr_iad.inference import (
+from mmad_cli.methods.cmdr_iad.config import (
     POLYURETHANE_SMOOTHING,
     RGB_SMOOTHING,
-    fuse,
-    polyurethane_map,
-    scan_errors,
+    STREAMS,
+    CmdrIadConfig,
+    Variant,
 )
-from mmad_cli.methods.cmdr_iad.learner import CmdrLearner
-from mmad_cli.methods.cmdr_iad.losses import LossName
-from mmad_cli.methods.cmdr_iad.networks import PUBLISHED_NAMES, SHORTENING, STREAMS, NetworkName, new_networks
-from mmad_cli.methods.cmdr_iad.scan import DenseScan, Scan, TokenScan
-from mmad_cli.methods.mapping.dense import POINTS, RGB, DenseFeatures, DenseReader, Tokens
-from mmad_cli.methods.mapping.method import CORRECTED, FAST, MappingConfig, MappingMethod
+from mmad_cli.methods.mapping.config import CORRECTED, FAST, POINTS, RGB
+from mmad_cli.methods.mapping.method import MappingMethod
 from mmad_cli.methods.mapping.scoring import SMOOTHING, at_map_size, smooth
-from mmad_cli.methods.mapping.trainer import Learner, TrainerConfig
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Variant = Literal["rgb+3d", "rgb", "3d", "polyurethane"]
-
-# a chunk of a polyurethane scan: 9216 points in the order of the file
-CHUNK_SIDE = 96
-
-NETWORKS: dict[Variant, tuple[NetworkName, ...]] = {
-    "rgb+3d": tuple(PUBLISHED_NAMES),
-    "rgb": ("rgb_decoder",),
-    "3d": ("point_decoder",),
-    "polyurethane": ("point_decoder",),
-}
-
-# published settings of the variant for polyurethane where they are others
-_POLYURETHANE: dict[str, Any] = {
-    "grid": CHUNK_SIDE,
-    "groups": 96,
-    "group_size": 32,
-    "batch_size": 4,
-    "optimiser": "adamw",
-    "weight_decay": 0.01,
-}
+    from mmad_cli.methods.cmdr_iad.learner import CmdrLearner
+    from mmad_cli.methods.cmdr_iad.scan import Scan
+    from mmad_cli.methods.mapping.dense import DenseFeatures, DenseReader, Tokens
+    from mmad_cli.methods.mapping.trainer import Learner
 
 # peak bytes per pixel of a training step beyond networks and features (measured as resident memory)
 _STEP_BYTES = {"rgb_decoder": 70_000, "point_decoder": 45_000, "rgb_to_points": 12_000, "points_to_rgb": 12_000}
-
-
-class CmdrIadConfig(MappingConfig):
-    """Switches of CMDR-IAD; the defaults are what the published code computes."""
-
-    variant: Variant = "rgb+3d"
-
-    # the first group centre is a random point; `fps_seed` draws it
-    fps_start: Literal["first", "random"] = "random"
-    fps_seed: int = Field(default=0, ge=0)
-    fps_skip_origin: bool = False
-
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    # `l2` is defined in the published code but not used
-    loss: LossName = "cosine"
-    optimiser: Literal["adam", "adamw"] = "adam"
-    weight_decay: float = Field(default=0.0, ge=0)
-    # a loss that is not finite: `skip` leaves out that network's step, `stop` ends the training with an error
-    non_finite: Literal["skip", "stop"] = "skip"
-    # so many valid pixels of each batch, drawn anew in each step, enter the losses; None: all, as published
-    pixels_per_step: int | None = Field(default=None, ge=1)
-
-    # `code`: five 5 x 5 and three 7 x 7 means of the joined map; `figure`: three and two, as the paper's figure says
-    final_smoothing: Literal["code", "figure"] = "code"
-    # what the maximum of the map is divided by: the root of its mean, as the code does, or the mean of the figure
-    image_score: Literal["root_mean", "mean"] = "root_mean"
-    # variant rgb: errors count where there are point features (as the paper's pictures suggest), or everywhere
-    rgb_mask: Literal["points", "none"] = "points"
-    # variant 3d: windows of the means that the error goes through; the paper's pictures are not smoothed
-    points_smoothing: tuple[int, ...] = ()
-    # rgb+3d, a test sample without one modality: `drop` to the reconstruction of the other, which the run says; or
-    # `error`
-    missing_modality: Literal["drop", "error"] = "drop"
-    # variant polyurethane: side of the grid that the points of a chunk make in the order of the file
-    chunk_side: int = Field(default=CHUNK_SIDE, ge=8, le=MAP_SIZE)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _published_with_variant(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("variant") == "polyurethane":
-            return {**_POLYURETHANE, **data}
-        return data
-
-    @model_validator(mode="after")
-    def _grid_fits_the_decoder(self) -> CmdrIadConfig:
-        if "point_decoder" in self.networks and self.grid**2 % SHORTENING:
-            raise ValueError(f"grid: its square must be a multiple of {SHORTENING}, got {self.grid}")
-        if any(window < 1 or window % 2 == 0 for window in self.points_smoothing):
-            raise ValueError(f"points_smoothing: must be odd windows, got {list(self.points_smoothing)}")
-        return self
-
-    @property
-    def networks(self) -> tuple[NetworkName, ...]:
-        """The networks of the variant."""
-        return NETWORKS[self.variant]
-
-    def trainer(self) -> TrainerConfig:
-        """How the networks are trained."""
-        return TrainerConfig(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            rate=self.rate,
-            optimiser=self.optimiser,
-            weight_decay=self.weight_decay,
-            non_finite=self.non_finite,
-        )
 
 
 class CmdrIad(MappingMethod):
@@ -159,6 +69,9 @@ class CmdrIad(MappingMethod):
 
     def build_learner(self, channels: dict[str, int]) -> CmdrLearner:
         """The networks of the variant."""
+        from mmad_cli.methods.cmdr_iad.learner import CmdrLearner
+        from mmad_cli.methods.cmdr_iad.networks import new_networks
+
         config = self.config
         networks = new_networks(
             channels.get(RGB, 0), channels.get(POINTS, 0), config.grid, config.dropout, names=config.networks
@@ -167,12 +80,16 @@ class CmdrIad(MappingMethod):
 
     def errors(self, learner: Learner, features: DenseFeatures) -> NDArray[np.floating]:
         """Joined error (224, 224) of the four networks, or that of the only one on the features' grid."""
+        from mmad_cli.methods.cmdr_iad.scan import DenseScan
+
         return self._scan_errors(learner, DenseScan(features.rgb, features.points, features.valid))
 
     def sample_errors(self, learner: Learner, tokens: Tokens) -> NDArray[np.floating]:
         """`errors` from tokens; with both streams the first layers are applied to tokens instead of pixels."""
         if self.config.variant != "rgb+3d":
             return super().sample_errors(learner, tokens)
+        from mmad_cli.methods.cmdr_iad.scan import TokenScan
+
         return self._scan_errors(learner, TokenScan(self.reader, tokens))
 
     @property
@@ -206,6 +123,9 @@ class CmdrIad(MappingMethod):
         return super().memory_estimate(n_train) + pixels * max(_STEP_BYTES[name] for name in self.config.networks)
 
     def _scan_errors(self, learner: Learner, scan: Scan) -> NDArray[np.floating]:
+        from mmad_cli.methods.cmdr_iad.inference import fuse, scan_errors
+        from mmad_cli.methods.cmdr_iad.learner import CmdrLearner
+
         if not isinstance(learner, CmdrLearner):
             raise TypeError(f"learner: expected CmdrLearner, got {type(learner).__name__}")
         side = self.config.grid
@@ -217,6 +137,8 @@ class CmdrIad(MappingMethod):
         return fuse({name: at_map_size(error) for name, error in maps.items()}, valid).fused
 
     def _chunk_scored(self, errors: NDArray[np.floating]) -> Prediction:
+        from mmad_cli.methods.cmdr_iad.inference import polyurethane_map
+
         scales = self.config.normaliser == "per_metric"
         anomaly = polyurethane_map(errors) if scales else smooth(errors, POLYURETHANE_SMOOTHING)
         return Prediction(nearest(anomaly, MAP_SIZE).astype(np.float32), float(anomaly.max()))
@@ -228,6 +150,8 @@ class CmdrIad(MappingMethod):
 
     def _by_one(self, sample: SampleFeatures, stream: str) -> Prediction:
         """Scored as the variant of one modality does it; its scale is not that of samples with both."""
+        import torch
+
         variant: Variant = "rgb" if stream == RGB else "3d"
         alone = CmdrIad(self.config.model_copy(update={"variant": variant, "rgb_mask": "none"}), self.device)
         with torch.inference_mode():

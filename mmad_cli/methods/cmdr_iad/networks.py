@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mmad_cli.errors import WeightsError
+from mmad_cli.methods.cmdr_iad.config import PUBLISHED_NAMES, SHORTENING, NetworkName
 
 RGB_CHANNELS = 768
 POINT_CHANNELS = 1152
@@ -28,27 +28,6 @@ WINDOW = 128
 HEADS = 8
 # channels inside the RGB decoder
 RGB_WIDTH = 384
-
-# the point decoder shortens the position axis by this factor and doubles its length five times
-SHORTENING = 32
-
-NetworkName = Literal["rgb_to_points", "points_to_rgb", "rgb_decoder", "point_decoder"]
-
-# our name of a network -> its name in the published code
-PUBLISHED_NAMES: dict[NetworkName, str] = {
-    "rgb_to_points": "map2Dto3D",
-    "points_to_rgb": "map3Dto2D",
-    "rgb_decoder": "Dec2D",
-    "point_decoder": "Dec3D",
-}
-
-# our name of a network -> the features that it reads and those that it is to produce
-STREAMS: dict[NetworkName, tuple[str, str]] = {
-    "rgb_to_points": ("rgb", "points"),
-    "points_to_rgb": ("points", "rgb"),
-    "rgb_decoder": ("rgb", "rgb"),
-    "point_decoder": ("points", "points"),
-}
 
 _MAPPER_WIDTH = 960
 _HEAD_WIDTH = 1536

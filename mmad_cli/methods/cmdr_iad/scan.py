@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmad_cli.methods.mapping.dense import RGB, DenseReader, Tokens, upsampled
+from mmad_cli.methods.mapping.config import RGB
+from mmad_cli.methods.mapping.dense import DenseReader, Tokens, upsampled
 
 
 class Scan(Protocol):

@@ -18,7 +18,7 @@ from mmad_cli.methods.base import ProgressCallback
 from mmad_cli.methods.experts import GRID, Scan
 from mmad_cli.methods.iaenet import losses
 from mmad_cli.methods.iaenet.networks import FeatureNetwork, Fusion, ScoreNetwork, context, over_foreground
-from mmad_cli.methods.mapping.trainer import TrainerConfig
+from mmad_cli.methods.mapping.config import TrainerConfig
 from mmad_cli.methods.mapping.trainer import train as run_training
 from mmad_cli.types import FloatArray
 

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# the terms of one modality
-TERMS = ("similarity", "smoothness", "census")
 STANDARD_EPS = 1e-8
 CENSUS_WINDOW = 7
 

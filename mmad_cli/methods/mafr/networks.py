@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mmad_cli.errors import WeightsError
+from mmad_cli.methods.mafr.config import DROPOUT, POINT_CHANNELS, RGB_CHANNELS
 
-RGB_CHANNELS = 768
-POINT_CHANNELS = 1152
-DROPOUT = 0.1
 ATTENTION_REDUCTION = 16
 ATTENTION_KERNEL = 7
 

@@ -21,13 +21,11 @@ from mmad_cli.alignment.interpolation import pooled_operator
 from mmad_cli.errors import DataError
 from mmad_cli.methods.anomaly_map import bilinear_matrix
 from mmad_cli.methods.base import FeatureSet, SampleFeatures
+from mmad_cli.methods.mapping.config import POINTS, RGB
 from mmad_cli.methods.single_bank import read_array
 
 if TYPE_CHECKING:
     from mmad_cli.types import FloatArray
-
-# What the published codes call the two inputs
-RGB, POINTS = "rgb", "points"
 
 _CACHE_BYTES = 1 << 30
 

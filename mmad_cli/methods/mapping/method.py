@@ -1,36 +1,34 @@
-"""The base of CFM, MAFR and CMDR-IAD: frozen features, networks trained per category, errors per pixel."""
+"""The base of CFM, MAFR and CMDR-IAD: frozen features, networks trained per category, errors per pixel.
+
+PyTorch is imported where something is computed: what is stored already is shown without.
+"""
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import torch
-from pydantic import Field
+from typing import TYPE_CHECKING, Any
 
 from mmad_cli.errors import DataError
 from mmad_cli.methods.base import (
-    MAP_SIZE,
     BankSize,
     FeatureSet,
-    MethodConfig,
     Prediction,
     ProgressCallback,
     SampleFeatures,
     View,
 )
-from mmad_cli.methods.mapping.dense import POINTS, RGB, DenseFeatures, DenseReader, DenseSet, Tokens
+from mmad_cli.methods.mapping.config import POINTS, RGB, MappingConfig
 from mmad_cli.methods.mapping.scoring import SMOOTHING, at_map_size, scaled, smooth
-from mmad_cli.methods.mapping.trainer import Learner, TrainerConfig
-from mmad_cli.methods.mapping.trainer import train as run_training
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from mmad_cli.backbones.specs import FeatureSpec
+    from mmad_cli.methods.mapping.dense import DenseFeatures, DenseReader, Tokens
+    from mmad_cli.methods.mapping.trainer import Learner
 
 # of DINO ViT-B/8 and of Point-MAE
 PUBLISHED_CHANNELS = {RGB: 768, POINTS: 1152}
@@ -41,58 +39,6 @@ _STATE_FILE = "state.json"
 _FLOAT32_BYTES = 4
 # of a ViT-B and of the point networks
 _ALL_BLOCKS = 12
-
-
-class MappingConfig(MethodConfig):
-    """Switches that the methods on dense features share; the defaults are what the published codes compute."""
-
-    rgb_backbone: str = "vit_base_patch8_224.dino"
-    rgb_size: int = Field(default=224, ge=8)
-    rgb_norm: Literal["imagenet", "model"] = "imagenet"
-    point_backbone: Literal["point_mae", "point_bert", "builtin_points"] = "point_mae"
-    # transformer blocks of both extractors that are used
-    blocks: int = Field(default=12, ge=1, le=12)
-    groups: int = Field(default=1024, ge=3)
-    group_size: int = Field(default=128, ge=1)
-    # `batch` normalises with the statistics of the scan at hand (the published extractor is left in training mode),
-    # `eval` with the stored ones
-    point_bn: Literal["batch", "eval"] = "batch"
-    # the published extractor also draws stochastic depth, which makes its features random
-    point_droppath: Literal["off", "on"] = "off"
-    droppath_seed: int = Field(default=0, ge=0)
-    # `expanded`: squared distances as |a|^2 + |b|^2 - 2ab in float32, inexact near group centres
-    idw: Literal["expanded", "direct"] = "expanded"
-    # no group centre within 3.2 cm of the sensor's origin
-    fps_skip_origin: bool = True
-    # `floor` shifts the cloud by half a target pixel against image and mask; `center` does not
-    xyz_resize: Literal["floor", "center"] = "floor"
-    # side of the pixel grid that features are brought to and networks work on
-    grid: int = Field(default=MAP_SIZE, ge=8, le=MAP_SIZE)
-    # `channel_sum`: a pixel is valid where its point channels do not sum to zero; `support`: where any is not zero
-    valid_mask: Literal["channel_sum", "support"] = "channel_sum"
-    # `per_metric`: AUPRO, P-AUROC and image score each scale a map by its own mean in another way; `none`: one map
-    normaliser: Literal["per_metric", "none"] = "per_metric"
-
-    epochs: int = Field(default=50, ge=1)
-    batch_size: int = Field(default=1, ge=1)
-    rate: float = Field(default=1e-3, gt=0)
-
-    def trainer(self) -> TrainerConfig:
-        """How the networks are trained."""
-        return TrainerConfig(epochs=self.epochs, batch_size=self.batch_size, rate=self.rate)
-
-
-# switches of the corrected recipe that are common to the family
-CORRECTED: dict[str, Any] = {
-    "rgb_norm": "model",
-    "idw": "direct",
-    "fps_skip_origin": False,
-    "xyz_resize": "center",
-    "valid_mask": "support",
-    "normaliser": "none",
-}
-# a recipe for machines without a GPU: a grid of 56 x 56, a sixteenth of the pixels
-FAST: dict[str, Any] = {"grid": 56, "epochs": 10, "batch_size": 1}
 
 
 class MappingMethod(ABC):
@@ -157,6 +103,8 @@ class MappingMethod(ABC):
     @property
     def reader(self) -> DenseReader:
         """How features are brought to pixels."""
+        from mmad_cli.methods.mapping.dense import DenseReader
+
         config = self.settings
         return DenseReader(
             side=config.grid,
@@ -186,6 +134,9 @@ class MappingMethod(ABC):
         progress: ProgressCallback | None = None,
     ) -> None:
         """`fit` with a checkpoint in `folder` after each epoch, from which a later call goes on."""
+        from mmad_cli.methods.mapping.dense import DenseSet
+        from mmad_cli.methods.mapping.trainer import train as run_training
+
         if len(train) == 0:
             raise DataError("there are no training samples; training needs at least one good sample")
         data = DenseSet(train, self.reader)
@@ -208,6 +159,8 @@ class MappingMethod(ABC):
 
     def predict(self, sample: SampleFeatures) -> Prediction:
         """Score one sample. Raises RuntimeError before `fit` or `load`, DataError where features do not fit."""
+        import torch
+
         learner = self._fitted()
         tokens = self.reader.tokens(sample)
         if tokens.channels != self._trained_channels:
@@ -278,6 +231,8 @@ class MappingMethod(ABC):
         return 3 * dense + tokens
 
     def _fresh(self, channels: dict[str, int], seed: int) -> Learner:
+        import torch
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             learner = self.build_learner(channels)

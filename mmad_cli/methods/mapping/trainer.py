@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mmad_cli.errors import DataError
 from mmad_cli.files import atomic_write
 from mmad_cli.methods.base import ProgressCallback
+from mmad_cli.methods.mapping.config import TrainerConfig
 from mmad_cli.methods.mapping.dense import DenseFeatures
 
 CHECKPOINT = "training.safetensors"
@@ -48,27 +49,6 @@ class Learner(Protocol):
 
     def backward(self, batch: Sequence[DenseFeatures]) -> StepLosses:
         """Add the gradients of a batch, in parts where that saves memory; returns the terms of each group's loss."""
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """How it is trained. Defaults are those of the family: Adam 1e-3, no decay, no schedule.
-
-    non_finite: `stop` ends the training with an error, as CFM and MAFR do; `skip` leaves that group's step out, as
-    CMDR-IAD does.
-    """
-
-    epochs: int = 50
-    batch_size: int = 1
-    rate: float = 1e-3
-    optimiser: Literal["adam", "adamw"] = "adam"
-    weight_decay: float = 0.0
-    non_finite: Literal["stop", "skip"] = "stop"
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass

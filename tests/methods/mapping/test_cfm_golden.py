@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mmad_cli.methods import cfm
-from mmad_cli.methods.cfm import DEFINITION, Cfm, CfmConfig, CfmLearner, mapping_errors
-from mmad_cli.methods.mapping.dense import POINTS, RGB
+from mmad_cli.methods.cfm import networks
+from mmad_cli.methods.cfm.method import DEFINITION, Cfm, CfmConfig
+from mmad_cli.methods.cfm.networks import CfmLearner, mapping_errors
+from mmad_cli.methods.mapping.config import POINTS, RGB
 from mmad_cli.methods.mapping.scoring import SMOOTHING, smooth
 from mmad_cli.metrics import all_metrics
 
@@ -109,7 +110,7 @@ def test_inference_of_three_samples(learner, dense, golden_sample, stored, monke
         of_mapper[mapper] = mapping_errors(mapper, inputs, targets)
         return of_mapper[mapper]
 
-    monkeypatch.setattr(cfm, "mapping_errors", recorded)
+    monkeypatch.setattr(networks, "mapping_errors", recorded)
     for index in (10, 11, 12):
         features = dense(index, 224)
         with torch.inference_mode():

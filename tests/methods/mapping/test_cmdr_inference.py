@@ -15,9 +15,8 @@ from mmad_cli.devices import shared_tensor
 from mmad_cli.methods.anomaly_map import bilinear_matrix
 from mmad_cli.methods.base import Prediction
 from mmad_cli.methods.cmdr_iad import inference
-from mmad_cli.methods.cmdr_iad import method as cmdr_method
+from mmad_cli.methods.cmdr_iad.config import PUBLISHED_NAMES, RGB_SMOOTHING, STREAMS, CmdrIadConfig, NetworkName
 from mmad_cli.methods.cmdr_iad.inference import (
-    RGB_SMOOTHING,
     Fusion,
     errors,
     fuse,
@@ -26,11 +25,8 @@ from mmad_cli.methods.cmdr_iad.inference import (
     weighted_reconstruction,
 )
 from mmad_cli.methods.cmdr_iad.learner import CmdrLearner
-from mmad_cli.methods.cmdr_iad.method import CmdrIad, CmdrIadConfig
+from mmad_cli.methods.cmdr_iad.method import CmdrIad
 from mmad_cli.methods.cmdr_iad.networks import (
-    PUBLISHED_NAMES,
-    STREAMS,
-    NetworkName,
     PointDecoder,
     load_tensors,
     new_networks,
@@ -243,7 +239,7 @@ def test_published_inference(
         joined.append((maps, fuse(maps, valid)))
         return joined[-1][1]
 
-    monkeypatch.setattr(cmdr_method, "fuse", recorded)
+    monkeypatch.setattr(inference, "fuse", recorded)
     method, learner = CmdrIad(CmdrIadConfig()), CmdrLearner(full_size)
     predictions, masks = [], []
     for index in (10, 11, 12):

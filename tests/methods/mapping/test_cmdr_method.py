@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from mmad_cli.errors import DataError
 from mmad_cli.methods.base import Prediction
 from mmad_cli.methods.checks import GeneratedFeatures, GeneratedSample, generated_sample
-from mmad_cli.methods.cmdr_iad.inference import RGB_SMOOTHING, errors, fuse
-from mmad_cli.methods.cmdr_iad.method import DEFINITION, CmdrIad, CmdrIadConfig, nearest
+from mmad_cli.methods.cmdr_iad.config import RGB_SMOOTHING, CmdrIadConfig
+from mmad_cli.methods.cmdr_iad.inference import errors, fuse
+from mmad_cli.methods.cmdr_iad.method import DEFINITION, CmdrIad, nearest
 from mmad_cli.methods.mapping.scoring import at_map_size, scaled, smooth
 
 SMALL: dict[str, Any] = {"grid": 16, "epochs": 1}

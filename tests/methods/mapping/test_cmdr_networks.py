@@ -12,12 +12,10 @@ from torch import nn
 
 from mmad_cli.errors import WeightsError
 from mmad_cli.methods.cmdr_iad import networks as cmdr
+from mmad_cli.methods.cmdr_iad.config import PUBLISHED_NAMES, SHORTENING, STREAMS, NetworkName
 from mmad_cli.methods.cmdr_iad.networks import (
-    PUBLISHED_NAMES,
-    STREAMS,
     AttentionBlock,
     Mapper,
-    NetworkName,
     PointDecoder,
     RGBDecoder,
     WindowAttention,
@@ -186,7 +184,7 @@ def test_full_image_is_cut_into_392_full_windows() -> None:
 
 
 def test_point_decoder_doubles_five_times() -> None:
-    assert 1568 * cmdr.SHORTENING == 224 * 224
+    assert 1568 * SHORTENING == 224 * 224
     decoder = PointDecoder(64, channels=8)
     assert decoder.projection[0].out_features == 2
     assert decoder(torch.randn(2, 64, 8)).shape == (2, 64, 8)

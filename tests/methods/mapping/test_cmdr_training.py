@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from mmad_cli.methods.cmdr_iad import learner as cmdr_learner
+from mmad_cli.methods.cmdr_iad.config import PUBLISHED_NAMES, NetworkName
 from mmad_cli.methods.cmdr_iad.learner import CmdrLearner
 from mmad_cli.methods.cmdr_iad.losses import masked_loss, row_loss
-from mmad_cli.methods.cmdr_iad.networks import PUBLISHED_NAMES, NetworkName, load_tensors, new_networks
+from mmad_cli.methods.cmdr_iad.networks import load_tensors, new_networks
 from mmad_cli.methods.mapping.dense import DenseFeatures
 
 Golden = Callable[[str], dict[str, np.ndarray]]

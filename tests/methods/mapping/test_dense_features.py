@@ -9,9 +9,10 @@ from scipy.ndimage import binary_dilation
 
 from mmad_cli.alignment.interpolation import nearest_centres
 from mmad_cli.errors import DataError
-from mmad_cli.methods.cfm import Cfm, CfmConfig
+from mmad_cli.methods.cfm.method import Cfm, CfmConfig
 from mmad_cli.methods.checks import GeneratedFeatures, GeneratedSample
-from mmad_cli.methods.mapping.dense import POINTS, RGB, DenseReader, DenseSet, upsampled
+from mmad_cli.methods.mapping.config import POINTS, RGB
+from mmad_cli.methods.mapping.dense import DenseReader, DenseSet, upsampled
 
 
 @pytest.fixture

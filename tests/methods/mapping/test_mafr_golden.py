@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from mmad_cli.methods.mafr import networks
+from mmad_cli.methods.mafr.config import MafrConfig
 from mmad_cli.methods.mafr.inference import residuals
+from mmad_cli.methods.mafr.learner import MafrLearner
 from mmad_cli.methods.mafr.losses import modality_terms
-from mmad_cli.methods.mafr.method import DEFINITION, Mafr, MafrConfig, MafrLearner
-from mmad_cli.methods.mapping.dense import POINTS, RGB
+from mmad_cli.methods.mafr.method import DEFINITION, Mafr
+from mmad_cli.methods.mapping.config import POINTS, RGB
 from mmad_cli.methods.mapping.scoring import SMOOTHING, smooth
 from mmad_cli.metrics import all_metrics
 

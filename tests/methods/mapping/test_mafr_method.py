@@ -9,8 +9,11 @@ from safetensors.torch import load_file
 
 from mmad_cli.methods import build_config, get_method
 from mmad_cli.methods.checks import GeneratedFeatures, generated_sample
-from mmad_cli.methods.mafr.method import DEFINITION, Mafr, MafrConfig, MafrLearner, window
-from mmad_cli.methods.mapping.dense import POINTS, RGB, DenseFeatures
+from mmad_cli.methods.mafr.config import MafrConfig
+from mmad_cli.methods.mafr.learner import MafrLearner, window
+from mmad_cli.methods.mafr.method import DEFINITION, Mafr
+from mmad_cli.methods.mapping.config import POINTS, RGB
+from mmad_cli.methods.mapping.dense import DenseFeatures
 from mmad_cli.methods.mapping.method import NETWORKS_FILE
 
 CHANNELS = {RGB: 6, POINTS: 10}

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from mmad_cli.errors import DataError
-from mmad_cli.methods.mapping.trainer import CHECKPOINT, TrainerConfig, batches, train
+from mmad_cli.methods.mapping.config import TrainerConfig
+from mmad_cli.methods.mapping.trainer import CHECKPOINT, batches, train
 
 
 class InterruptedTrainingError(Exception):
