@@ -95,7 +95,7 @@ class _Functions(TorchFunctionMode):
             if here and name == "cpu":
                 return _run(_aten._to_copy.default, args[:1], {"device": _CPU})
             if here and name == "to":
-                return _moved(func, args, kwargs)
+                return _moved(args, kwargs)
             if here and name == "tolist":
                 _the_stream.wait()
                 return args[0].held.tolist()
@@ -115,7 +115,7 @@ def _named(value: Any) -> Any:
     return value
 
 
-def _moved(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _moved(args: Any, kwargs: dict[str, Any]) -> Any:
     """`to` of a tensor of the device."""
     device, dtype, non_blocking, _ = torch._C._nn._parse_to(
         *(_named(one) for one in args[1:] if not isinstance(one, torch.Tensor)),

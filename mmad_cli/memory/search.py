@@ -336,5 +336,5 @@ def _make_searcher(rows: FloatArray, shift: FloatArray, device: str, backend: st
     except RuntimeError as error:
         if backend == "faiss" or is_out_of_memory(error):
             raise
-        _log.warning("FAISS does not run on this GPU (%s), going on without it", str(error).strip().splitlines()[0])
+        _log.warning("FAISS does not run on this GPU (%s), going on without it", str(error).strip().partition("\n")[0])
     return _TorchSearcher(rows, shift, device)

@@ -52,7 +52,7 @@ class _Unfit:
     said: str
 
 
-class TaskDropped(Exception):  # noqa: N818
+class TaskDroppedError(Exception):
     """Raised in a task that nobody waits for any more."""
 
 
@@ -191,7 +191,7 @@ class Cluster:
 
 
 def stop_if_dropped() -> None:
-    """Raise TaskDropped in a task on a worker that was cancelled; elsewhere nothing happens."""
+    """Raise TaskDroppedError in a task on a worker that was cancelled; elsewhere nothing happens."""
     try:
         from distributed import get_worker
 
@@ -200,7 +200,7 @@ def stop_if_dropped() -> None:
         return
     task = worker.state.tasks.get(worker.get_current_task())
     if task is not None and task.state == "cancelled":
-        raise TaskDropped
+        raise TaskDroppedError
 
 
 def _set_level(level: int) -> int:

@@ -13,20 +13,12 @@ import pytest
 import torch
 
 from mmad_cli.methods import get_method, method_names
-from mmad_cli.methods.base import Method, Prediction, SharedTraining
+from mmad_cli.methods.base import Method, MethodDefinition, Prediction, SharedTraining
 from mmad_cli.methods.checks import GeneratedFeatures, check_method, generated_sample
 from mmad_cli.methods.registry import build_config
+from tests.methods.small import SMALL
 from tests.pretended_cuda import pretended_cuda
 
-SMALL: dict[str, dict[str, Any]] = {
-    "cfm": {"epochs": 1, "grid": 32},
-    "cmdr_iad": {"epochs": 1, "grid": 16},
-    "g2sf": {"coreset_fraction": 0.02, "pseudo_per_sample": 1, "epochs": 1, "batch_share": 0.1},
-    "iaenet": {"coreset_fraction": 0.02, "pseudo_per_sample": 1, "epochs": 1},
-    "m3dm": {"coreset_fraction": 0.02},
-    "mafr": {"epochs": 1, "grid": 32},
-    "patchcore": {"pretrain_dim": 16, "target_dim": 16, "projection_dim": 8},
-}
 CASES = [
     ("btf", "fpfh", {}),
     ("cfm", "base", {}),
@@ -36,7 +28,7 @@ CASES = [
     ("iaenet", "iaf_s", {}),
     ("iaenet", "iaf_f", {}),
     ("iaenet", "ocsvm", {}),
-    ("m3dm", "dino+point_mae+fusion", {"uff": "concat"}),
+    ("m3dm", "dino+point_mae+fusion", {}),
     ("m3dm", "dino+point_mae+fusion", {"uff": "retrained", "uff_epochs": 1, "uff_warmup_epochs": 0}),
     ("mafr", "rgb+3d", {}),
     ("patchcore", "rgb", {}),
@@ -47,11 +39,14 @@ def test_every_method_is_here() -> None:
     assert {name for name, _, _ in CASES} == set(method_names())
 
 
+def recipe_of(definition: MethodDefinition) -> str:
+    return "fast" if "fast" in definition.recipes else "official"
+
+
 def learned(name: str, variant: str, settings: dict[str, Any], device: str, folder: Path) -> list[Prediction]:
     """Predictions of two samples, from a state that was fitted, saved and loaded on the device."""
     definition = get_method(name)
-    recipe = "fast" if "fast" in definition.recipes else "official"
-    config = build_config(definition, variant, recipe, {**SMALL.get(name, {}), **settings})
+    config = build_config(definition, variant, recipe_of(definition), {**SMALL.get(name, {}), **settings})
 
     def built() -> Method:
         return definition.build(config, device)
@@ -95,8 +90,5 @@ def test_the_device_changes_no_prediction(name: str, variant: str, settings: dic
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("name", "variant", "settings"), CASES)
 def test_common_checks_on_a_gpu(name: str, variant: str, settings: dict[str, Any]) -> None:
-    definition = get_method(name)
-    recipe = "fast" if "fast" in definition.recipes else "official"
-    check_method(
-        definition, variant=variant, recipe=recipe, settings={**SMALL.get(name, {}), **settings}, device="cuda"
-    )
+    definition, small = get_method(name), {**SMALL.get(name, {}), **settings}
+    check_method(definition, variant=variant, recipe=recipe_of(definition), settings=small, device="cuda")

@@ -54,6 +54,7 @@ class Cfm(MappingMethod):
         import torch
 
         from mmad_cli.methods.cfm.networks import CfmLearner, mapping_errors
+        from mmad_cli.methods.mapping.dense import pixel_image
 
         if not isinstance(learner, CfmLearner):
             raise TypeError(f"learner: expected CfmLearner, got {type(learner).__name__}")
@@ -61,15 +62,12 @@ class Cfm(MappingMethod):
         valid = features.valid
         seen, felt = rgb[valid], points[valid]
         product = mapping_errors(learner.to_rgb, felt, seen) * mapping_errors(learner.to_points, seen, felt)
-        errors = torch.zeros(features.side * features.side, device=valid.device)
-        errors[valid] = product
-        return np.asarray(errors.reshape(features.side, features.side).cpu().numpy())
+        return pixel_image(product, torch.nonzero(valid)[:, 0], features.side)
 
     def sample_errors(self, learner: Learner, tokens: Tokens) -> NDArray[np.floating]:
         """`errors` from tokens: valid pixels only, and the first layers are applied to tokens instead of pixels."""
-        import torch
-
         from mmad_cli.methods.cfm.networks import CfmLearner, errors_after
+        from mmad_cli.methods.mapping.dense import pixel_image
 
         if not isinstance(learner, CfmLearner):
             raise TypeError(f"learner: expected CfmLearner, got {type(learner).__name__}")
@@ -78,10 +76,7 @@ class Cfm(MappingMethod):
         to_points, to_rgb = learner.to_points.input, learner.to_rgb.input
         product = errors_after(learner.to_points, pixels.rgb_mapped(to_points.weight) + to_points.bias, felt)
         product *= errors_after(learner.to_rgb, pixels.points_mapped(to_rgb.weight) + to_rgb.bias, seen)
-        side = self.config.grid
-        errors = torch.zeros(side * side, device=product.device)
-        errors[pixels.index] = product
-        return np.asarray(errors.reshape(side, side).cpu().numpy())
+        return pixel_image(product, pixels.index, self.config.grid)
 
 
 _FAST: dict[str, Any] = {**FAST, "pixels_per_step": 512, "batch_size": 4}

@@ -13,7 +13,6 @@ from mmad_cli.methods.mapping.method import MappingMethod
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from mmad_cli.methods.mafr.learner import MafrLearner
     from mmad_cli.methods.mafr.networks import RestorationNetwork
@@ -45,21 +44,23 @@ class Mafr(MappingMethod):
         import torch
 
         from mmad_cli.methods.mafr.inference import residuals
+        from mmad_cli.methods.mapping.dense import pixel_image
 
         rgb, points = features.both()
         valid = features.valid
         of_rgb, of_points = residuals(_network(learner), rgb[valid], points[valid])
-        return _image(of_rgb * of_points, torch.nonzero(valid)[:, 0], features.side)
+        return pixel_image(of_rgb * of_points, torch.nonzero(valid)[:, 0], features.side)
 
     def sample_errors(self, learner: Learner, tokens: Tokens) -> NDArray[np.floating]:
         """`errors` from tokens: valid pixels only, and the first layer is applied to tokens instead of pixels."""
         from mmad_cli.methods.mafr.inference import residuals
+        from mmad_cli.methods.mapping.dense import pixel_image
 
         network, pixels = _network(learner), self.reader.valid_pixels(tokens)
         for_rgb, for_points = network.encoder.input_weights()
         mixed = pixels.rgb_mapped(for_rgb) + pixels.points_mapped(for_points) + network.encoder.input_fc.bias
         of_rgb, of_points = residuals(network, pixels.rgb, pixels.points, mixed)
-        return _image(of_rgb * of_points, pixels.index, self.config.grid)
+        return pixel_image(of_rgb * of_points, pixels.index, self.config.grid)
 
     def memory_estimate(self, n_train: int) -> int:
         """What a training step holds, the networks with their optimiser, and kept tokens."""
@@ -77,15 +78,6 @@ def _network(learner: Learner) -> RestorationNetwork:
     if not isinstance(learner, MafrLearner):
         raise TypeError(f"learner: expected MafrLearner, got {type(learner).__name__}")
     return learner.network.eval()
-
-
-def _image(values: Tensor, index: Tensor, side: int) -> NDArray[np.floating]:
-    """Values (n,) at flat indices (n,) of an image (side, side) that is zero elsewhere."""
-    import torch
-
-    image = torch.zeros(side * side, device=values.device)
-    image[index] = values
-    return np.asarray(image.reshape(side, side).cpu().numpy())
 
 
 _CORRECTED: dict[str, Any] = {**CORRECTED, "loss_mask": "valid", "smoothness_channels": "all"}

@@ -206,6 +206,13 @@ def _bilinear_operator(grid: int, side: int) -> Any:
     return kron(axis, axis, format="csr").astype(np.float32)
 
 
+def pixel_image(values: Tensor, pixel: Tensor, side: int) -> FloatArray:
+    """Values (n,) at flat pixels (n,) of an image float32 (side, side) that is zero elsewhere, on the host."""
+    image = torch.zeros(side * side, device=values.device)
+    image[pixel] = values
+    return np.asarray(image.reshape(side, side).cpu().numpy())
+
+
 def _product(operator: Any, tokens: FloatArray | None, device: str) -> Tensor:
     if tokens is None:
         raise ValueError("tokens: this stream was not read")
